@@ -1,0 +1,39 @@
+"""The batch: arrays that describe packed, mirrored rows.
+
+A pair lies in one row, its rejected branch reversed in front of the prompt:
+
+    row        r3  r2  r1 | p1  p2  p3 | c1  c2  c3
+    position    5   4   3 |  0   1   2 |  3   4   5
+    sees from   own index |  p1's      |  p1's index
+    sees up to  p3        |  own index |  own index
+
+Attention knows order only through positions and mask, so this computes what two
+separate sequences would, with the prompt once; and the keys that any query sees
+are one contiguous range `[key_start, key_end)`, for any number of pairs packed
+side by side. A branch begins with its own copy of the prompt's last token and
+ends before its response's last, so each branch token predicts exactly one
+scored token and no prompt token predicts any.
+
+Letters: B rows, T tokens a row, S scored tokens a row, M examples a row.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Batch(NamedTuple):
+  """One global batch. Branch 0 is the chosen response, branch 1 the rejected
+  one; for unpaired data the completion and a mismatched one; for sft branch 1
+  is empty."""
+
+  tokens: jax.Array  # i32[B T]
+  positions: jax.Array  # i32[B T], counted from the prompt's first token
+  key_start: jax.Array  # i32[B T], first visible key of each query
+  key_end: jax.Array  # i32[B T], one past the last; 0 for padding
+  source: jax.Array  # i32[B S], index in the row of the token that predicts
+  target: jax.Array  # i32[B S], the token id it must predict
+  slot: jax.Array  # i32[B S], 2 * example + branch; 2 M for padding
+  weights: jax.Array  # f32[B M], 0 for an empty place
+  desirable: jax.Array  # bool[B M], labels of unpaired data
+  reference_logps: jax.Array | None = None  # f32[B M 2], if precomputed

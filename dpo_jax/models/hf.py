@@ -1,0 +1,271 @@
+"""Hugging Face checkpoints in and out: safetensors and config.json, no torch.
+
+Reading goes tensor by tensor straight into sharded arrays; writing gathers one
+tensor at a time. Pickled weights are never read.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import types
+from collections.abc import Callable
+from typing import Any
+
+import flax.traverse_util as traverse
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dpo_jax.errors import CheckpointError
+
+# model_type of config.json -> module with HF_NAMES, config_from_hf, ...
+FAMILIES = {"llama": "dpo_jax.models.llama"}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def family(model_type: str) -> types.ModuleType:
+  """The module of a model family.
+
+  Raises:
+    CheckpointError: an architecture that is not known here.
+  """
+  if model_type not in FAMILIES:
+    raise CheckpointError(
+      f"model_type {model_type!r} is not supported; known:"
+      f" {', '.join(FAMILIES)}"
+    )
+  return importlib.import_module(FAMILIES[model_type])
+
+
+def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
+  """Reads `config.json` of a checkpoint folder: (family module, Config).
+
+  Raises:
+    CheckpointError: no folder, no config, or one that does not fit the family.
+  """
+  file = pathlib.Path(path) / "config.json"
+  try:
+    hf = json.loads(file.read_text())
+    module = family(hf.get("model_type", "?"))
+    return module, module.config_from_hf(hf)
+  except OSError as e:
+    raise CheckpointError(
+      f"{file}: {e.strerror or e}; expected a Hugging Face checkpoint folder"
+    ) from e
+  except (ValueError, KeyError, TypeError) as e:
+    what = f"missing {e}" if isinstance(e, KeyError) else e
+    raise CheckpointError(f"{file}: {what}") from e
+  except CheckpointError as e:
+    raise CheckpointError(f"{file}: {e}") from e
+
+
+def load_variables(
+  path: str | os.PathLike,
+  names: dict[str, str],
+  abstract: Any,
+) -> Any:
+  """Reads weights into arrays of the given shapes, dtypes and shardings.
+
+  Args:
+    path: folder with `model.safetensors` or shards and their index.
+    names: our paths to theirs (`HF_NAMES` of the family).
+    abstract: `{"params": ...}` of ShapeDtypeStructs, with shardings or
+      without (then on the first device).
+
+  Returns:
+    `{"params": ...}` of jax arrays. Each process reads only the layers and
+    tensors its devices hold part of.
+
+  Raises:
+    CheckpointError: files missing or damaged, or tensors that do not fit; the
+      message names both sides.
+  """
+  path = pathlib.Path(path)
+  leaves = traverse.flatten_dict(abstract["params"], sep="/")
+  with contextlib.ExitStack() as stack:
+    files = _open_files(path, stack)
+    _compare(path, leaves, names, files)
+    loaded = {}
+    for ours, leaf in leaves.items():
+      read = _reader(path, ours, names[ours], leaf, files)
+      sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
+        jax.devices()[0]
+      )
+      loaded[ours] = jax.make_array_from_callback(leaf.shape, sharding, read)
+  return {"params": traverse.unflatten_dict(loaded, sep="/")}
+
+
+def save_checkpoint(
+  path: str | os.PathLike,
+  module: types.ModuleType,
+  config: Any,
+  variables: Any,
+  *,
+  max_shard_bytes: int = 5 * 2**30,
+  save_tokenizer: Callable[[str], None] | None = None,
+) -> None:
+  """Writes a folder that transformers, vLLM and this package load as it is.
+
+  The folder appears under its name only when it is whole; one of that name
+  that exists is replaced.
+
+  Args:
+    path: folder to write.
+    module: family module (`HF_NAMES`, `config_to_hf`).
+    config: the family's Config.
+    variables: `{"params": ...}`, sharded or not.
+    max_shard_bytes: start another safetensors file beyond this size.
+    save_tokenizer: called with the folder to add tokenizer files.
+  """
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + ".part")
+  writes = jax.process_index() == 0
+  if writes:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+  shards, shard, size, dtype = [], {}, 0, "float32"
+  for name, tensor in _hf_tensors(module, variables):
+    dtype = str(tensor.dtype)
+    if size and size + tensor.nbytes > max_shard_bytes:
+      shards.append(_write_shard(part, len(shards), shard) if writes else {})
+      shard, size = {}, 0
+    size += tensor.nbytes
+    if writes:
+      shard[name] = tensor
+  if not writes:
+    return
+  shards.append(_write_shard(part, len(shards), shard))
+  _name_shards(part, shards)
+  hf = module.config_to_hf(config) | {"torch_dtype": dtype}
+  (part / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+  if save_tokenizer:
+    save_tokenizer(str(part))
+  shutil.rmtree(path, ignore_errors=True)
+  part.rename(path)
+
+
+def _open_files(path, stack) -> dict[str, Any]:
+  """Opens all shards: tensor name -> the file that holds it."""
+  index = path / _INDEX
+  try:
+    if index.exists():
+      weight_map = json.loads(index.read_text())["weight_map"]
+      shards = sorted(set(weight_map.values()))
+      for shard in shards:
+        if os.path.basename(shard) != shard:
+          raise CheckpointError(f"{index}: {shard!r} leaves the folder")
+    else:
+      shards = [_SINGLE]
+    files = {}
+    for shard in shards:
+      opened = stack.enter_context(
+        safetensors.safe_open(path / shard, framework="numpy")
+      )
+      files |= dict.fromkeys(opened.keys(), opened)
+    return files
+  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
+    raise CheckpointError(f"{path}: cannot read weights: {e}") from e
+
+
+def _compare(path, leaves, names, files) -> None:
+  layers = {leaf.shape[0] for p, leaf in leaves.items() if "{}" in names[p]}
+  wanted = {
+    names[p].format(i) for p in leaves for i in range(max(layers, default=1))
+  }
+  # Some writers store buffers, or the tied output embedding, once more.
+  harmless = {names["unembed"]}
+  extra = {
+    n for n in set(files) - wanted - harmless if "rotary_emb" not in n
+  }
+  missing = wanted - set(files)
+  if missing or extra:
+    raise CheckpointError(
+      f"{path}: weights do not fit the config; missing: {_some(missing)};"
+      f" unexpected: {_some(extra)}"
+    )
+
+
+def _some(names: set[str]) -> str:
+  shown = sorted(names)[:4]
+  more = len(names) - len(shown)
+  return (", ".join(shown) or "none") + (f" and {more} more" if more else "")
+
+
+def _reader(path, ours, name, leaf, files):
+  stacked = "{}" in name
+  one = leaf.shape[1:] if stacked else leaf.shape
+
+  def tensor(name):
+    array = files[name].get_tensor(name)
+    expected = _hf_shape(ours, one)
+    if array.shape != expected:
+      raise CheckpointError(
+        f"{path}: {name} has shape {list(array.shape)}, the config asks for"
+        f" {list(expected)}"
+      )
+    if len(expected) > 1 and ours.endswith("kernel"):
+      array = array.T
+    return array.reshape(one).astype(leaf.dtype)
+
+  def read(index):
+    if not stacked:
+      return tensor(name)[index]
+    chosen = range(leaf.shape[0])[index[0]]
+    return np.stack([tensor(name.format(i))[index[1:]] for i in chosen])
+
+  return read
+
+
+def _hf_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """[in..., out...] here is the matrix [out, in] there."""
+  if not ours.endswith("kernel"):
+    return (math.prod(shape),) if ours.endswith("bias") else shape
+  inputs = 2 if ours.endswith("/o/kernel") else 1
+  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def _hf_tensors(module, variables):
+  """Yields (their name, their tensor), one tensor on the host at a time."""
+  for ours, leaf in traverse.flatten_dict(variables["params"], sep="/").items():
+    name = module.HF_NAMES[ours]
+    layers = range(leaf.shape[0]) if "{}" in name else [None]
+    for i in layers:
+      array = _to_host(leaf if i is None else leaf[i])
+      shape = _hf_shape(ours, array.shape)
+      if ours.endswith("kernel"):
+        array = array.reshape(shape[::-1]).T
+      yield name.format(i), np.ascontiguousarray(array.reshape(shape))
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _write_shard(part, number, shard):
+  file = part / f"shard-{number}"
+  safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+  return {name: tensor.nbytes for name, tensor in shard.items()}
+
+
+def _name_shards(part, shards) -> None:
+  if len(shards) == 1:
+    (part / "shard-0").rename(part / _SINGLE)
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards):
+    file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    (part / f"shard-{i}").rename(part / file)
+    weight_map |= dict.fromkeys(shard, file)
+  total = sum(sum(shard.values()) for shard in shards)
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  (part / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
