@@ -1,0 +1,84 @@
+"""Gradients of a batch in parts, equal to those of the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.batch import Batch
+
+Tree = Any
+
+
+def accumulate(
+  policy: Callable[[Tree, Batch], jax.Array],
+  reference: Callable[[Batch], jax.Array | None],
+  objective: Callable[..., tuple[jax.Array, Tree]],
+  params: Tree,
+  batch: Batch,
+  microbatches: int,
+  *,
+  coupled: bool,
+) -> tuple[Tree, Tree]:
+  """Gradient by `params` of a sum over the examples of a batch.
+
+  Where each example stands alone, the parts' gradients are added. Where they
+  are coupled (KTO's z0 is a mean over the batch), all parts are scored first,
+  the objective sees the whole batch and is differentiated by the scores alone,
+  and a second pass pulls that back part by part: one more forward, exact.
+
+  Args:
+    policy: (params, part) -> f32[B' M 2] log-probs.
+    reference: part -> f32[B' M 2] or None.
+    objective: (policy logps, reference logps, part) -> (sum, sums of metrics).
+    params: what to differentiate by.
+    batch: B rows, a multiple of `microbatches`.
+    microbatches: number of parts.
+    coupled: whether the objective couples examples.
+
+  Returns:
+    Gradients like `params`, and the sums of metrics over the batch.
+  """
+
+  def whole(params, part):
+    return objective(policy(params, part), reference(part), part)
+
+  if microbatches == 1:
+    return jax.grad(whole, has_aux=True)(params, batch)
+  parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+  if not coupled:
+
+    def add_part(carry, part):
+      new = jax.grad(whole, has_aux=True)(params, part)
+      return jax.tree.map(jnp.add, carry, new), None
+
+    one = jax.tree.map(lambda x: x[0], parts)
+    _, sums = jax.eval_shape(whole, params, one)
+    carry = zeros, jax.tree.map(jnp.zeros_like, sums)
+    return jax.lax.scan(add_part, carry, parts)[0]
+
+  scores = jax.lax.map(lambda p: (policy(params, p), reference(p)), parts)
+  scores = jax.tree.map(_join, scores)
+  by_scores, sums = jax.grad(objective, has_aux=True)(*scores, batch)
+
+  def pull_back(carry, xs):
+    part, g = xs
+    _, vjp = jax.vjp(lambda params: policy(params, part), params)
+    return jax.tree.map(jnp.add, carry, vjp(g)[0]), None
+
+  by_parts = _split(by_scores, microbatches)
+  return jax.lax.scan(pull_back, zeros, (parts, by_parts))[0], sums
+
+
+def _split(x: jax.Array, n: int) -> jax.Array:
+  """[B ...] -> [n B/n ...], taking rows from every device's share."""
+  return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+  """The inverse of `_split`: [n B/n ...] -> [B ...]."""
+  x = jnp.swapaxes(x, 0, 1)
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -1,0 +1,223 @@
+"""The plan: which examples make up step s, and in which rows they lie.
+
+A plan is a pure function of the lengths, the seed and its settings. The batch
+at a step needs nothing but the step: a resumed run continues with one integer,
+and any number of hosts computes the same plan.
+"""
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.batch import Batch
+from dpo_jax.data.pack import (
+  Example,
+  RowShape,
+  empty_batch,
+  fill_row,
+  first_fit_decreasing,
+  token_cost,
+)
+from dpo_jax.errors import ConfigError
+
+_LOG = logging.getLogger("dpo_jax")
+_MAX_SHAPES = 4  # batches of different row counts, each compiled once
+_MAX_EXAMPLES = 64  # a row
+_SAMPLE = 32  # steps looked at to choose the shape of a row
+
+
+class Planned(NamedTuple):
+  batch: Batch  # numpy arrays
+  ids: np.ndarray  # i64[B M], index into the examples, -1 for an empty place
+
+
+class Plan:
+  """Batches of exactly `batch_size` examples, packed, by step number.
+
+  `plan[s]` is the batch of step s; `len(plan)` the number of steps. Training
+  walks through one permutation per epoch, without a break in between;
+  evaluation (`shuffle=False`) sees each example once and fills up the last
+  batch with places of weight 0.
+  """
+
+  def __init__(
+    self,
+    examples: Any,
+    *,
+    batch_size: int,
+    steps: int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    row_length: int = 0,
+    rows_multiple: int = 1,
+    scored_multiple: int = 8,
+    reference_logps: np.ndarray | None = None,
+  ):
+    """Plans all steps; cost is that of packing lengths, no token is read.
+
+    Args:
+      examples: see `store.Examples`. Of kind "unpaired", each is joined by
+        the completion of the example before it in the batch.
+      batch_size: examples a step.
+      steps: number of steps; None: once through the examples.
+      seed: of the order.
+      shuffle: False keeps the order and stops after one epoch.
+      row_length: tokens a row; 0 chooses it from the lengths.
+      rows_multiple: rows of a batch are a multiple of this (devices that share
+        the batch, times microbatches).
+      scored_multiple: likewise for scored tokens a row.
+      reference_logps: f32[N 2] to hand out with the batches.
+
+    Raises:
+      ConfigError: a row too short for the longest example, or unpaired data
+        with fewer than two examples a batch.
+    """
+    self.examples = examples
+    self.batch_size = batch_size
+    self.seed = seed
+    self.shuffle = shuffle
+    self.reference_logps = reference_logps
+    self._mismatched = examples.kind == "unpaired"
+    if self._mismatched and min(batch_size, len(examples)) < 2:
+      raise ConfigError(
+        "unpaired losses need batch_size >= 2 (and as many examples): each"
+        " completion is also matched with another one's prompt"
+      )
+    self._steps = -(-len(examples) // batch_size) if steps is None else steps
+    self.shape = self._choose_shape(row_length, scored_multiple)
+    needed = np.array(
+      [len(self._rows(s)) for s in range(self._steps)], np.int64
+    )
+    needed = -(-needed // rows_multiple) * rows_multiple
+    self.row_counts = _few_levels(needed)
+    self._row_count = self.row_counts[np.searchsorted(self.row_counts, needed)]
+
+  def __len__(self) -> int:
+    return self._steps
+
+  def __getitem__(self, step: int) -> Planned:
+    members = self.members(step)
+    shape = self.shape
+    batch = empty_batch(int(self._row_count[step]), shape)
+    ids = np.full(batch.weights.shape, -1, np.int64)
+    for row, places in enumerate(self._rows(step)):
+      fill_row(batch, row, (self._example(members, i) for i in places))
+      ids[row, : len(places)] = members[places]
+    if self.reference_logps is not None:
+      known = self.reference_logps[np.maximum(ids, 0)]
+      known = np.where(ids[..., None] >= 0, known, 0).astype(np.float32)
+      batch = batch._replace(reference_logps=known)
+    return Planned(batch, ids)
+
+  def members(self, step: int) -> np.ndarray:
+    """Indices of the examples of a step, i64[batch_size] (fewer at the end of
+    an unshuffled plan)."""
+    n, start = len(self.examples), step * self.batch_size
+    places = np.arange(start, start + self.batch_size)
+    if not self.shuffle:
+      return places[places < n]
+    epochs = np.divmod(places, n)
+    return np.array(
+      [_permutation(self.seed, e, n)[i] for e, i in zip(*epochs, strict=True)]
+    )
+
+  def fill(self) -> float:
+    """Share of row tokens, over all steps, that are not padding."""
+    used = sum(self._costs(self.members(s))[0].sum() for s in range(len(self)))
+    return float(used / (self._row_count.sum() * self.shape.tokens))
+
+  def _others(self, members: np.ndarray) -> np.ndarray:
+    """Whose completion each member is mismatched with: the one before it."""
+    if len(members) > 1:
+      return np.roll(members, 1)
+    return (members - 1) % len(self.examples)
+
+  def _example(self, members, i) -> Example:
+    x, e = self.examples, members[i]
+    if self._mismatched:
+      second = x.chosen(self._others(members)[i])
+    else:
+      second = x.rejected(e)
+    return Example(x.prompt(e), x.chosen(e), second, bool(x.desirable[e]))
+
+  def _costs(self, members) -> tuple[np.ndarray, np.ndarray]:
+    """Row tokens and scored tokens of a step's examples."""
+    x = self.examples
+    first, second = x.chosen_lengths[members], x.rejected_lengths[members]
+    if self._mismatched:
+      second = x.chosen_lengths[self._others(members)]
+    return token_cost(x.prompt_lengths[members], first, second), first + second
+
+  def _rows(self, step: int, shape: RowShape | None = None) -> list[list[int]]:
+    tokens, scored = self._costs(self.members(step))
+    return first_fit_decreasing(
+      tokens.tolist(), scored.tolist(), shape or self.shape
+    )
+
+  def _choose_shape(self, row_length: int, multiple: int) -> RowShape:
+    x = self.examples
+    second = x.rejected_lengths
+    if self._mismatched:
+      second = np.full_like(second, x.chosen_lengths.max())
+    tokens = token_cost(x.prompt_lengths, x.chosen_lengths, second)
+    longest = int(tokens.max())
+    widest = _round_up(int((x.chosen_lengths + second).max()), multiple)
+    most = min(
+      _MAX_EXAMPLES,
+      self.batch_size,
+      max(1, len(x)),
+      longest // tokens.min() * 4,
+    )
+    if row_length and row_length < longest:
+      worst = int(x.rows[int(tokens.argmax())])
+      raise ConfigError(
+        f"row_length={row_length} is too short: the example of data row"
+        f" {worst} takes {longest} tokens; lower max_length or raise row_length"
+      )
+    least = _round_up(longest, 64 if longest > 64 else 16)
+    lengths = [row_length] if row_length else [least, 2 * least, 4 * least]
+    steps = np.unique(
+      np.linspace(0, self._steps - 1, min(_SAMPLE, self._steps)).astype(int)
+    )
+
+    def rows(shape):
+      return sum(len(self._rows(int(s), shape)) for s in steps)
+
+    # Longer rows pack better and cost more attention: worth it from 5 % on.
+    best, shape = np.inf, None
+    for t in lengths:
+      cost = rows(RowShape(t, t, int(most))) * t
+      if cost < 0.95 * best:
+        best, shape = cost, RowShape(t, t, int(most))
+    # The narrower the scored part, the smaller the head's share and the more
+    # rows are needed. A scored token costs about half of a row token.
+    options = {
+      _round_up(int(s), multiple) for s in np.linspace(widest, shape.tokens, 9)
+    }
+    best, chosen = np.inf, shape
+    for s in sorted(options):
+      option = RowShape(shape.tokens, s, shape.examples)
+      cost = rows(option) * (option.tokens + 0.5 * s)
+      if cost < best:
+        best, chosen = cost, option
+    return chosen
+
+
+def _round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def _few_levels(needed: np.ndarray) -> np.ndarray:
+  """At most `_MAX_SHAPES` row counts, sorted, that cover all needed ones."""
+  levels = np.unique(needed)
+  if len(levels) <= _MAX_SHAPES:
+    return levels
+  quantiles = np.linspace(0, 1, _MAX_SHAPES + 1)[1:]
+  return np.unique(np.quantile(needed, quantiles, method="higher"))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+  return np.random.default_rng([seed, int(epoch)]).permutation(n)

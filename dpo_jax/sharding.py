@@ -1,0 +1,141 @@
+"""The mesh and where each array lies on it. Rules are data.
+
+Axes: `data` replicates the weights, `fsdp` shards them and gathers each layer
+where it is used, `tensor` splits heads and ffn. The rows of a batch are split
+over data and fsdp together, so a pair never crosses devices.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.errors import ConfigError
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# First match wins; specs are for one layer (the stacked layer axis, in front,
+# is never split). They fit parameters and, by the end of the path, the
+# optimizer's copies of them.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r"(embed|unembed)$", P("tensor", "fsdp")),
+  (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
+  (r"attention/[qkv]/bias$", P("tensor", None)),
+  (r"attention/o/kernel$", P("tensor", None, "fsdp")),
+  (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
+  (r"mlp/(gate|up)/bias$", P("tensor")),
+  (r"mlp/down/kernel$", P("tensor", "fsdp")),
+  (r"", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over all devices; one size may be -1, "the rest".
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [data, fsdp, tensor]
+  devices = jax.device_count()
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  if math.prod(sizes) != devices or min(sizes) < 1:
+    raise ConfigError(
+      f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover the"
+      f" {devices} devices; the sizes should multiply to {devices} (one may be"
+      " -1)"
+    )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """The spec of an array by its path; axes that do not divide are dropped.
+
+  >>> spec_for("params/layers/mlp/up/kernel", (2, 64, 256), mesh)
+  PartitionSpec(None, 'fsdp', 'tensor')
+  """
+  if not shape:
+    return P()
+  rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
+  axes = [None] * (len(shape) - len(rule)) + list(rule)
+  return P(
+    *(
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, shape, strict=True)
+    )
+  )
+
+
+def shard_tree(tree: Any, mesh: Mesh) -> Any:
+  """NamedSharding of every leaf (arrays or shapes), by `RULES`."""
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return NamedSharding(mesh, spec_for(name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """Numpy batch, the same on every host, to arrays split over its rows; each
+  host hands its devices only their rows."""
+  sharding = NamedSharding(mesh, P(BATCH))
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(put, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pins:
+  """What the model is told of the mesh: three constraints, no axis names."""
+
+  mesh: Mesh
+
+  def activations(self, x: jax.Array) -> jax.Array:
+    """Pins f[B ...] to the batch axes, or GSPMD may move tokens of a pair."""
+    spec = P(BATCH) if x.shape[0] % batch_shards(self.mesh) == 0 else P()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+  def weights(self, weights: Any) -> Any:
+    """Gathers one layer's weights over fsdp, here and not earlier."""
+
+    def gather(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      spec = spec_for(name, leaf.shape, self.mesh)
+      spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+      sharding = NamedSharding(self.mesh, spec)
+      return jax.lax.with_sharding_constraint(leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(gather, weights)
+
+  def head(self, function: Any) -> Any:
+    """Runs `function(hidden f[B S D], head f[V D], target i32[B S])` on local
+    scored tokens with the whole head: no collective inside its loop, and one
+    reduction of the head's gradient after it."""
+    split = P(BATCH, "tensor")
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=(P(BATCH, "tensor", None), P(), split),
+      out_specs=split,
+      check_vma=False,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
