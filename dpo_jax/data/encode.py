@@ -1,0 +1,322 @@
+"""Rows to token ids: one prompt, one or two responses, each cut and ended.
+
+What is left of a row here is what training sees, so everything dropped or
+changed on the way is counted under a name.
+"""
+
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_jax.data import chat, formats
+from dpo_jax.data.boundary import Drop, split_ids
+from dpo_jax.data.formats import RawExample
+from dpo_jax.data.tokenizer import HFTokenizer, check_text
+from dpo_jax.errors import ConfigError, DataError
+
+KINDS = {
+  "paired": formats.PAIRED,
+  "unpaired": formats.UNPAIRED + formats.PAIRED,
+  "sft": tuple(formats.FORMATS),
+}
+CHUNK = 1000  # rows tokenised at a time
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+  """How rows become examples.
+
+  Attributes:
+    max_length: most tokens of a prompt with one response.
+    max_prompt_length: most tokens of a prompt; 0 is half of `max_length`.
+    kind: `paired` needs pairs; `unpaired` takes labelled completions, and
+      pairs as two of them; `sft` takes completions, the chosen response of
+      pairs, and what is labelled desirable.
+    on_bad_row: `drop` counts a row that cannot be used and goes on, `error`
+      stops at it.
+  """
+
+  max_length: int = 1024
+  max_prompt_length: int = 0
+  kind: str = "paired"
+  on_bad_row: str = "drop"
+
+  def __post_init__(self) -> None:
+    if self.kind not in KINDS:
+      raise ConfigError(f"kind {self.kind!r}: expected {', '.join(KINDS)}")
+    if self.on_bad_row not in ("drop", "error"):
+      raise ConfigError(
+        f"on_bad_row {self.on_bad_row!r}: expected drop or error"
+      )
+    if self.max_length < 4:
+      raise ConfigError(f"max_length {self.max_length}: expected at least 4")
+    if self.max_prompt_length >= self.max_length:
+      raise ConfigError(
+        f"max_prompt_length {self.max_prompt_length} with max_length "
+        f"{self.max_length}: a prompt would fill the whole row"
+      )
+    if self.max_prompt_length < 0 or self.max_prompt_length == 1:
+      raise ConfigError(
+        f"max_prompt_length {self.max_prompt_length}: expected 0 (half of "
+        "max_length) or at least 2"
+      )
+
+  @property
+  def prompt_limit(self) -> int:
+    return self.max_prompt_length or self.max_length // 2
+
+
+@dataclass
+class Encoded:
+  """Examples end to end: prompt, first response, second response.
+
+  `dropped` and `changed` count examples by reason; a row that cannot be read
+  counts as one. `first_dropped` has the place of the first of each reason.
+  """
+
+  format: str = ""
+  rows: int = 0
+  tokens: array = field(default_factory=lambda: array("i"))
+  prompt_lengths: array = field(default_factory=lambda: array("i"))
+  chosen_lengths: array = field(default_factory=lambda: array("i"))
+  rejected_lengths: array = field(default_factory=lambda: array("i"))
+  desirable: list[bool] = field(default_factory=list)
+  row_numbers: array = field(default_factory=lambda: array("q"))
+  subsets: array = field(default_factory=lambda: array("i"))
+  subset_names: dict[str, int] = field(default_factory=dict)
+  dropped: Counter = field(default_factory=Counter)
+  changed: Counter = field(default_factory=Counter)
+  first_dropped: dict[str, str] = field(default_factory=dict)
+  first_error: str = ""
+
+  def __len__(self) -> int:
+    return len(self.prompt_lengths)
+
+
+@dataclass(frozen=True)
+class _Pending:
+  """An example and the texts to tokenise: the prompt, then each whole."""
+
+  where: str
+  row: int
+  texts: tuple[str, ...]
+  desirable: bool
+  subset: str
+  extra_turns: bool
+
+
+def encode_rows(
+  items: Iterable[tuple[str, dict | DataError]],
+  tokenizer: HFTokenizer,
+  settings: EncodeSettings,
+  progress: Callable[[int], None] | None = None,
+) -> Encoded:
+  """Encodes (place, row) items; an error in place of a row is a bad row.
+
+  `progress` is called with the number of rows done, after each chunk.
+
+  Raises:
+    DataError: the rows' shape does not suit the kind, a row cannot be used and
+      the settings say so, or the template or tokenizer cannot be used at all.
+  """
+  encoder = _Encoder(tokenizer, settings)
+  items = iter(items)
+  while chunk := list(itertools.islice(items, CHUNK)):
+    encoder.encode(chunk)
+    if progress:
+      progress(encoder.result.rows)
+  return encoder.result
+
+
+class _Encoder:
+  def __init__(self, tokenizer: HFTokenizer, settings: EncodeSettings):
+    self.tokenizer = tokenizer
+    self.settings = settings
+    self.result = Encoded()
+
+  def encode(self, chunk: list[tuple[str, dict | DataError]]) -> None:
+    pending = []
+    for where, row in chunk:
+      pending.extend(self._prepare(where, row))
+      self.result.rows += 1
+    texts = [text for one in pending for text in one.texts]
+    ids = iter(self.tokenizer.encode(texts))
+    for one in pending:
+      parts = list(itertools.islice(ids, len(one.texts)))
+      try:
+        self._add(
+          one,
+          *split_ids(
+            parts,
+            self.tokenizer,
+            self.settings.max_length,
+            self.settings.prompt_limit,
+          ),
+        )
+      except Drop as drop:
+        self._count(one.where, drop)
+
+  def _prepare(self, where: str, row: dict | DataError) -> Iterator[_Pending]:
+    try:
+      example = self._read(where, row)
+    except Drop as drop:
+      self._count(where, drop)
+      return
+    for part in self._by_kind(example):
+      try:
+        texts = self._texts(part)
+      except Drop as drop:
+        self._count(where, drop)
+        continue
+      except chat.TemplateRefused as error:
+        self._count(where, Drop("template_refused", str(error)))
+        continue
+      except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+      yield _Pending(
+        where,
+        self.result.rows,
+        texts,
+        part.desirable is not False,
+        part.subset,
+        _has_extra_turns(part),
+      )
+
+  def _read(self, where: str, row: dict | DataError) -> RawExample:
+    if isinstance(row, DataError):
+      raise Drop("bad_line", str(row).removeprefix(f"{where}: "))
+    try:
+      fmt = formats.detect_format(row)
+    except DataError as error:
+      raise Drop("wrong_shape", str(error)) from None
+    if not self.result.format:
+      self._accept(where, fmt)
+    if fmt != self.result.format:
+      raise Drop(
+        "wrong_shape",
+        f"a row of shape {fmt!r} in a source of shape {self.result.format!r}",
+      )
+    try:
+      example = formats.to_example(row, fmt)
+    except DataError as error:
+      raise Drop("bad_value", str(error)) from None
+    try:
+      _check_example(example)
+    except DataError as error:
+      raise Drop("bad_text", str(error)) from None
+    return example
+
+  def _accept(self, where: str, fmt: str) -> None:
+    kind = self.settings.kind
+    if fmt not in KINDS[kind]:
+      raise DataError(
+        f"{where}: kind {kind!r} takes {', '.join(KINDS[kind])}; found {fmt}"
+        f" ({formats.FORMATS[fmt]})"
+      )
+    self.result.format = fmt
+
+  def _by_kind(self, example: RawExample) -> Iterator[RawExample]:
+    prompt, subset = example.prompt, example.subset
+    pair = len(example.responses) == 2
+    if self.settings.kind == "sft" and example.desirable is False:
+      self.result.dropped["undesirable_skipped"] += 1
+    elif self.settings.kind == "sft" and pair:
+      yield RawExample(prompt, example.responses[:1], None, subset)
+    elif self.settings.kind == "unpaired" and pair:
+      same = example.responses[0] == example.responses[1]
+      for response, desirable in zip(example.responses, (True, False)):
+        # Both sides of an equal pair would say the opposite of each other.
+        responses = example.responses if same else (response,)
+        yield RawExample(prompt, responses, desirable, subset)
+    else:
+      yield example
+
+  def _texts(self, example: RawExample) -> tuple[str, ...]:
+    responses = example.responses
+    for response in responses:
+      if not _content(response).strip():
+        raise Drop("empty_response", "an answer without text")
+    if len(responses) == 2 and responses[0] == responses[1]:
+      raise Drop("identical_responses", "chosen equals rejected")
+    prompt = example.prompt
+    if isinstance(prompt, str):
+      return prompt, *(prompt + response for response in responses)
+    template = self.tokenizer.chat_template
+    if template is None:
+      raise DataError(
+        "a row of messages, and the tokenizer has no chat template"
+      )
+    special = self.tokenizer.special_tokens
+    if not prompt:
+      raise Drop("empty_prompt", "no message before the answer")
+    return (
+      chat.render(template, prompt, special, True),
+      *(
+        chat.render(template, prompt + response, special, False)
+        for response in responses
+      ),
+    )
+
+  def _add(
+    self,
+    one: _Pending,
+    prompt: list[int],
+    responses: list[list[int]],
+    notes: Counter,
+  ) -> None:
+    result = self.result
+    result.changed.update(notes, extra_turns=one.extra_turns)
+    for ids in (prompt, *responses):
+      result.tokens.extend(ids)
+    result.prompt_lengths.append(len(prompt))
+    result.chosen_lengths.append(len(responses[0]))
+    second = len(responses[1]) if len(responses) == 2 else 0
+    result.rejected_lengths.append(second)
+    result.desirable.append(one.desirable)
+    result.row_numbers.append(one.row)
+    names = result.subset_names
+    result.subsets.append(names.setdefault(one.subset, len(names)))
+
+  def _count(self, where: str, drop: Drop) -> None:
+    sentence = f"{where}: {drop} ({drop.reason})"
+    if self.settings.on_bad_row == "error":
+      raise DataError(sentence)
+    self.result.dropped[drop.reason] += 1
+    self.result.first_dropped.setdefault(drop.reason, where)
+    self.result.first_error = self.result.first_error or sentence
+
+
+def _has_extra_turns(example: RawExample) -> bool:
+  """Whether an HH response goes on with further turns of the dialogue."""
+  prompt = example.prompt
+  if not (isinstance(prompt, str) and prompt.endswith(formats.HH_ANSWER)):
+    return False
+  marks = itertools.product(formats.HH_TURNS, example.responses)
+  return any(mark in response for mark, response in marks)
+
+
+def _content(text: formats.Text) -> str:
+  if isinstance(text, str):
+    return text
+  return "".join(message["content"] for message in text)
+
+
+def _check_example(example: RawExample) -> None:
+  for name, text in zip(
+    ("prompt", "first response", "second response"),
+    (example.prompt, *example.responses),
+  ):
+    for part in [text] if isinstance(text, str) else map(_all_text, text):
+      check_text(part, name)
+
+
+def _all_text(value: Any) -> str:
+  """Every string inside a message, end to end."""
+  if isinstance(value, str):
+    return value
+  if isinstance(value, dict):
+    value = [*value, *value.values()]
+  return "".join(map(_all_text, value)) if isinstance(value, list) else ""
