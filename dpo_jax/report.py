@@ -33,6 +33,7 @@ _HEADLINE = (
   ("rewards/margins", "margin", True),
 )
 _UNPAIRED = ("kto", "bco", "sft", "apo_zero_unpaired")
+_NO_REFERENCE = ("orpo", "simpo", "cpo", "sft")
 
 # All but tab and newline, and the marks that reorder the text around them.
 _CONTROLS = {
@@ -93,9 +94,9 @@ small{display:inline-block;line-height:1.4}
 .card{background:var(--surface);border:1px solid var(--line);
 border-radius:10px;padding:14px 16px}
 .tiles,.main,.charts,.small,.pair{display:grid;gap:14px}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(186px,1fr))}
+.tiles{grid-template-columns:repeat(auto-fill,minmax(186px,1fr))}
 .main{grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
-.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));
+.charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));
 margin:14px 0}
 .small{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
 .tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums;
@@ -126,12 +127,12 @@ overflow:auto;font-size:14px;unicode-bidi:isolate}
 .side{border-top:3px solid var(--line);padding-top:6px}
 .side.after{border-color:var(--chosen)}
 details{margin-top:14px}summary{cursor:pointer;font-weight:600}
-.two{display:grid;gap:14px;
+.two{display:grid;gap:14px;align-items:start;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
 @media (max-width:620px){.pair{grid-template-columns:1fr}}
 @media print{body{background:none;font-size:11pt}main{padding:0;max-width:none}
 .card,.note{break-inside:avoid}.sample{break-inside:auto}
-.said{max-height:none}h2,h3{break-after:avoid}.hover{display:none}
+.said{max-height:none}h2,h3,.sub{break-after:avoid}.hover{display:none}
 .charts{grid-template-columns:1fr 1fr}
 .main,.small{grid-template-columns:1fr 1fr 1fr}}
 """
@@ -158,8 +159,8 @@ def render(
 ) -> str:
   """The page for these metric rows, this summary and these samples."""
   curves = _curves(rows)
-  name = str(summary.get("method") or "training").upper()
-  title = f"{name}: {summary.get('model') or 'model'}"
+  names = [str(summary.get("method") or "").upper(), summary.get("model")]
+  title = ": ".join(str(name) for name in names if name) or "Training run"
   before, after, basis = _endpoints(curves, summary)
   body = [
     f"<h1>{_text(title)}</h1>",
@@ -394,8 +395,8 @@ def _notes(
       " both down is one way to widen it. The probability goes to other"
       " responses, so read the samples below.</p><p>If it hurts: add an SFT"
       " term on the chosen response (RPO), use a loss that anchors the chosen"
-      " side (DPO-Positive, APO-zero, KTO), or lower the learning rate or raise"
-      " beta to move less.</p>"
+      " side (DPO-Positive, APO-zero, KTO), or move less: a lower learning"
+      " rate, or a larger beta where the method has a reference.</p>"
     )
   reward = summary.get("true_reward") or {}
   a, b = reward.get("before"), reward.get("after")
@@ -445,13 +446,13 @@ def _lines(curves: Curves, key: str, name: str, color: str) -> list[Series]:
   train_color = color or "var(--train,#4a5a70)"
   label = name or "train"
   window = len(x) // 20 * 2 + 1
-  if key == "learning_rate":  # Exact already.
+  if key == "learning_rate":  # Not a noisy measurement.
     window = 1
   if window > 1:
     raw = f"{of}train, each row"
     out.append(Series(raw, x, y, train_color, "thin", legend=not name))
     smoothed = f"{of}train, mean of {window}"
-    y = smooth(y, window)
+    x, y = smooth(x, y, window)
     out.append(Series(smoothed, x, y, train_color, end_label=label))
   elif x:
     out.append(Series(f"{of}train", x, y, train_color, end_label=label))
@@ -477,11 +478,17 @@ def _charts(curves: Curves, summary: Row) -> str:
   log2 = []
   if _number(start) and abs(start - math.log(2)) < 1e-3:
     log2 = [Guide(math.log(2), "ln 2: equal to the reference")]
+  free = summary.get("method") in _NO_REFERENCE
+  reward_words = (
+    "β × log-probability: this method has no reference."
+    if free
+    else "β × log-ratio to the reference. Below 0: less likely than there."
+  )
   both = ("chosen", "rejected")
   rewards = [f"rewards/{side}" for side in both]
   logps = [f"logps/{side}" for side in both]
   large = (
-    ("Loss", f"Lower is better; mean over {noun}.", "loss", ["loss"], log2),
+    ("Loss", "Lower is better.", "loss", ["loss"], log2),
     (
       "Accuracy",
       "Share of pairs whose chosen response has the higher reward; a tie"
@@ -499,11 +506,10 @@ def _charts(curves: Curves, summary: Row) -> str:
     ),
     (
       "Rewards",
-      "β × log-ratio to the reference. Below 0: less likely than before"
-      " training.",
+      reward_words,
       "reward (β × nats)",
       rewards,
-      zero,
+      [] if free else zero,
     ),
     (
       "Log-probabilities",
@@ -527,7 +533,7 @@ def _charts(curves: Curves, summary: Row) -> str:
     for key in keys:
       side = key.split("/")[-1] if len(keys) > 1 else ""
       series += _lines(curves, key, side, f"var(--{side})" if side else "")
-    y_range = (0.0, 1.0) if title == "Accuracy" else None
+    y_range = (0.0, 1.0) if title == "Accuracy" else ()
     svg = line_chart(
       series,
       title=title,

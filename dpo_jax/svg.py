@@ -53,11 +53,14 @@ def line_chart(
   title: str,
   x_label: str = "step",
   y_label: str = "",
-  y_range: tuple[float, float] | None = None,
+  y_range: Sequence[float] = (),
   guides: Sequence[Guide] = (),
   size: tuple[int, int] = (560, 290),
 ) -> str:
-  """An `<svg>` of the series over shared axes; "" if no value is finite."""
+  """An `<svg>` of the series over shared axes; "" if no value is finite.
+
+  The vertical axis takes in all values and all of `y_range`.
+  """
   finite = [p for s in series for p in zip(s.x, s.y) if math.isfinite(p[1])]
   if not finite:
     return ""
@@ -69,11 +72,11 @@ def line_chart(
   right = width - max([22, *(len(text) * _BOLD + 16 for text in texts)])
 
   x_low, x_high = _spread([x for x, _ in finite])
-  y_low, y_high = y_range or _spread([y for _, y in finite])
+  y_low, y_high = _spread([*(y for _, y in finite), *y_range])
   y_step = round_step(y_low, y_high, 5)
-  if y_range is None:  # Out to the next round value on both sides.
-    y_low = math.floor(y_low / y_step + 1e-9) * y_step
-    y_high = math.ceil(y_high / y_step - 1e-9) * y_step
+  # Out to the next round value on both sides.
+  y_low = math.floor(y_low / y_step + 1e-9) * y_step
+  y_high = math.ceil(y_high / y_step - 1e-9) * y_step
   y_ticks = ticks(y_low, y_high, y_step)
   x_step = round_step(x_low, x_high, max(2, int((right - left) / 70)))
   if all(float(x).is_integer() for x, _ in finite):
@@ -175,15 +178,20 @@ def format_value(value: float) -> str:
   return _minus(f"{value:,.{decimals}f}")
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-  """Moving mean of the finite values around each; NaN stays NaN."""
+def smooth(
+  x: Sequence[float], y: Sequence[float], window: int, most: int = 1000
+) -> tuple[list[float], list[float]]:
+  """Moving mean of the finite values around at most about `most` points.
+
+  NaN stays NaN, and the last point is always there.
+  """
   half = window // 2
-  out = []
-  for i, value in enumerate(values):
-    near = values[max(0, i - half) : i + half + 1]
-    near = [v for v in near if math.isfinite(v)]
-    out.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
-  return out
+  places = [*range(0, len(x) - 1, max(1, len(x) // most)), len(x) - 1]
+  means = []
+  for i in places:
+    near = [v for v in y[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+    means.append(sum(near) / len(near) if math.isfinite(y[i]) else math.nan)
+  return [x[i] for i in places], means
 
 
 def decimate(
@@ -264,9 +272,10 @@ def _curve(s: Series, px: _Place, py: _Place, x_label: str, pixels: int) -> str:
     f' stroke-linejoin="round" style="{look}"/>'
   ]
   if s.style == "dots":
+    radius, rim = (3.5, 1) if len(points) <= 60 else (2, 0)
     out.extend(
-      f'<circle cx="{px(x)}" cy="{py(y)}" r="3.5"'
-      f' style="fill:{s.color};stroke:{_SURFACE}">'
+      f'<circle cx="{px(x)}" cy="{py(y)}" r="{radius}"'
+      f' style="fill:{s.color};stroke:{_SURFACE};stroke-width:{rim}">'
       f"<title>{escape(x_label)} {_at(x)}\n"
       f"{escape(s.name)}: {format_value(y)}</title></circle>"
       for x, y in points

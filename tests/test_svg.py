@@ -153,6 +153,11 @@ def test_names_are_escaped():
   ET.fromstring(text)
 
 
+def test_values_outside_the_asked_range_widen_the_axis():
+  heights = tick_heights(chart(Series("a", [1, 2], [0.5, 1.3]), y_range=(0, 1)))
+  assert (min(heights), max(heights)) == (0.0, 1.5)
+
+
 def test_a_guide_outside_the_axis_is_left_out():
   line = Series("a", [1, 2], [0.1, 0.9])
   inside = chart(line, guides=[Guide(0.5, "half")])
@@ -195,8 +200,18 @@ def test_values_are_written_with_about_three_digits():
 
 
 def test_smoothing_leaves_gaps_and_ignores_them():
-  y = svg.smooth([1, 2, NAN, 4, 5], 3)
+  x, y = svg.smooth([1, 2, 3, 4, 5], [1, 2, NAN, 4, 5], 3)
+  assert x == [1, 2, 3, 4, 5]
   assert y[0] == 1.5
   assert y[1] == 1.5
   assert math.isnan(y[2])
   assert y[3:] == [4.5, 4.5]
+
+
+def test_smoothing_many_values_keeps_the_last_and_stays_fast():
+  n = 50_000
+  x, y = svg.smooth(range(n), [float(i) for i in range(n)], 101)
+  assert len(x) == len(y) <= 1_001
+  assert x[-1] == n - 1
+  assert y[-1] == pytest.approx(n - 1 - 25)
+  assert y[10] == x[10]
