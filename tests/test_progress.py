@@ -59,6 +59,14 @@ def test_the_last_line_is_not_repeated_by_close():
   assert len(run(total=2, start=0, seconds=20.0)) == 2
 
 
+def test_the_last_step_is_shown_without_waiting_for_close():
+  stream = io.StringIO()
+  progress = Progress(3, 0, stream, clock=Clock())
+  for step in (1, 2, 3):
+    progress.update(step)
+  assert stream.getvalue().splitlines()[-1].startswith("step 3/3")
+
+
 def test_close_shows_the_step_a_run_stopped_at():
   stream = io.StringIO()
   with Progress(100, 0, stream, clock=Clock()) as progress:
@@ -83,11 +91,12 @@ def test_speed_counts_only_steps_of_this_process():
 
 def test_the_first_step_with_its_compilation_does_not_spoil_the_estimate():
   clock = Clock()
-  progress = Progress(100, 0, io.StringIO(), clock=clock)
-  clock.now += 60.0
-  progress.update(1)
+  progress = Progress(100, 50, io.StringIO(), clock=clock)
+  clock.now += 50.0
+  progress.update(51)
+  assert progress.steps_per_second() == pytest.approx(0.02)
   clock.now += 0.5
-  progress.update(2)
+  progress.update(52)
   assert progress.steps_per_second() == pytest.approx(2.0)
 
 

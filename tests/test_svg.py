@@ -148,7 +148,9 @@ def test_many_points_share_a_bounded_number_of_tooltips():
 
 def test_names_are_escaped():
   hostile = '<script>"&'
-  text = line_chart([Series(hostile, [1], [1])], title=hostile, y_label=hostile)
+  series = [Series(hostile, [1], [1], end_label=hostile)] * 2
+  words = {"title": hostile, "y_label": hostile, "x_label": hostile}
+  text = line_chart(series, guides=[Guide(1, hostile)], **words)
   assert "<script" not in text
   ET.fromstring(text)
 
