@@ -5,7 +5,8 @@ import functools
 import jinja2
 from jinja2.sandbox import SecurityError
 
-from dpo_jax.data.sandbox import ALLOWANCE, Refusal, Sandbox
+from dpo_jax.data.allowance import CHARACTERS
+from dpo_jax.data.sandbox import Refusal, Sandbox
 from dpo_jax.errors import DataError
 
 MAX_TEMPLATE = 1 << 18  # characters; the largest in common use have 20,000
@@ -37,7 +38,7 @@ def render(
   environment, compiled = _compile(template)
   size = len(template) + _characters(messages)
   limit = 16 * size + (64 << 10)
-  environment.start(ALLOWANCE + 64 * size)
+  environment.allowance.start(CHARACTERS + 64 * size)
   parts = []
   length = 0
   try:
