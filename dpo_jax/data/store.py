@@ -32,7 +32,7 @@ class Examples:
     chosen_lengths: i32[N], of the first (or only) response.
     rejected_lengths: i32[N], 0 where there is no second response.
     desirable: bool[N], True unless labelled otherwise.
-    rows: i64[N], the row of the source, from 0.
+    rows: i64[N], the row of the source (of the slice of it), from 0.
     subsets: i32[N], index into `subset_names`.
     report: what was read, dropped and changed; JSON values only.
     fingerprint: SHA-256 (hex) of the arrays and the settings.
