@@ -24,7 +24,7 @@ _NAME = re.compile(r"(huggingface:[\w./-]+|[a-z]\w*(/[\w.+-]+)?)(:[\d.]+)?")
 
 
 def scan(source: str, split: str) -> Iterator[tuple[str, dict | DataError]]:
-  """Yields (`source[row]`, row) of a prepared directory or a TFDS name."""
+  """Yields (`source[row]`, row or error) of a directory or a TFDS name."""
   builder = _builder(source)
   known = sorted(builder.info.splits)
   if re.split(r"[\[+]", split)[0] not in known:
@@ -36,8 +36,10 @@ def scan(source: str, split: str) -> Iterator[tuple[str, dict | DataError]]:
     count = len(rows)
   except Exception as error:
     raise _refusal(source, error) from None
+  # Rows of a slice are numbered within it, and say so.
+  name = source if split in known else f"{source}:{split}"
   for number in range(count):
-    where = f"{source}[{number}]"
+    where = f"{name}[{number}]"
     try:
       row = rows[number]
     except Exception as error:

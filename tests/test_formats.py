@@ -1,0 +1,199 @@
+"""Every accepted shape is recognised, and every other row is explained."""
+
+import pytest
+from shared import SHARED, needs_shared
+
+from dpo_jax.data.formats import FORMATS, detect_format, split_hh, to_example
+from dpo_jax.data.sources import read_rows
+from dpo_jax.errors import DataError
+
+USER = {"role": "user", "content": "hi"}
+GOOD = {"role": "assistant", "content": "yes"}
+BAD = {"role": "assistant", "content": "no"}
+STRINGS = {"prompt": "p", "chosen": "c", "rejected": "r"}
+HH = {
+  "chosen": "\n\nHuman: a\n\nAssistant: same b",
+  "rejected": "\n\nHuman: a\n\nAssistant: same c",
+}
+ANSWERS = {"chosen": [GOOD], "rejected": [BAD]}
+SHAREGPT = {
+  "conversations": [{"from": "human", "value": "hi"}],
+  "chosen": {"from": "gpt", "value": "yes"},
+  "rejected": {"from": "gpt", "value": "no"},
+}
+PAIR_VIEW = ([USER], ([GOOD], [BAD]), None)
+
+
+@pytest.mark.parametrize(
+  ("row", "fmt", "view"),
+  [
+    (STRINGS, "paired", ("p", ("c", "r"), None)),
+    ({"prompt": [USER], **ANSWERS}, "paired_messages", PAIR_VIEW),
+    (SHAREGPT, "paired_messages", PAIR_VIEW),
+    (
+      {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+      "paired_implicit",
+      PAIR_VIEW,
+    ),
+    (
+      {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+      "paired_implicit",
+      PAIR_VIEW,
+    ),
+    (
+      HH,
+      "paired_implicit",
+      ("\n\nHuman: a\n\nAssistant:", (" same b", " same c"), None),
+    ),
+    (
+      {
+        "instruction": "i",
+        "input": "",
+        "output": "o",
+        **STRINGS,
+        "prompt": "p",
+      },
+      "paired",
+      ("p", ("c", "r"), None),
+    ),
+    (
+      {"instruction": "i", "input": "n", "chosen": "c", "rejected": "r"},
+      "paired",
+      ("Instruction: i\nInput: n\nResponse:", (" c", " r"), None),
+    ),
+    (
+      {"instruction": "i", "output": "o"},
+      "completion",
+      ("Instruction: i\nResponse:", (" o",), None),
+    ),
+    (
+      {"prompt": "p", "completion": "c", "label": True},
+      "unpaired",
+      ("p", ("c",), True),
+    ),
+    (
+      {"prompt": "p", "completion": "c", "label": 0},
+      "unpaired",
+      ("p", ("c",), False),
+    ),
+    (
+      {"prompt": [USER], "completion": [GOOD], "label": 1},
+      "unpaired_messages",
+      ([USER], ([GOOD],), True),
+    ),
+    (
+      {"messages": [USER, GOOD], "label": False},
+      "unpaired_messages",
+      ([USER], ([GOOD],), False),
+    ),
+    ({"prompt": "p", "completion": "c"}, "completion", ("p", ("c",), None)),
+    ({"messages": [USER, GOOD]}, "completion", ([USER], ([GOOD],), None)),
+    (
+      {"prompt": [USER], "completion": [GOOD]},
+      "completion",
+      ([USER], ([GOOD],), None),
+    ),
+  ],
+)
+def test_each_shape_is_recognised_and_converted(row, fmt, view):
+  assert detect_format(row) == fmt
+  example = to_example(row, fmt)
+  assert (example.prompt, example.responses, example.desirable) == view
+  assert to_example(row | {"subset": "x"}, fmt).subset == "x"
+
+
+@pytest.mark.parametrize(
+  "row", [{}, {"chosen": "c"}, {"question": "q", "answer": "a"}, {"label": 1}]
+)
+def test_a_row_of_no_shape_lists_the_shapes_and_its_keys(row):
+  with pytest.raises(DataError) as caught:
+    detect_format(row)
+  message = str(caught.value)
+  assert all(shape in message for shape in FORMATS.values())
+  assert all(key in message for key in row)
+  assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+  ("row", "expected"),
+  [
+    (STRINGS | {"prompt": None}, "'prompt' must be a string, found null"),
+    (STRINGS | {"chosen": 3}, "'chosen' must be a string, found a number"),
+    (
+      STRINGS | {"rejected": ["r"]},
+      "'rejected' must be a string, found a list",
+    ),
+    (STRINGS | {"subset": 3}, "'subset' must be a string"),
+    ({"prompt": [], **ANSWERS}, "'prompt' must be a list of messages"),
+    ({"prompt": ["hi"], **ANSWERS}, "'prompt[0]' must be a message"),
+    (
+      {"prompt": [{"role": "user"}], **ANSWERS},
+      "'prompt[0].content' must be a string, found null",
+    ),
+    (
+      {"prompt": [USER], "chosen": [USER], "rejected": [BAD]},
+      "'chosen' must end with a message of role 'assistant'",
+    ),
+    ({"chosen": "a", "rejected": "b"}, "share no beginning that holds"),
+    (
+      {"chosen": [USER, GOOD], "rejected": [BAD]},
+      "share no first message",
+    ),
+    (
+      {"prompt": "p", "completion": "c", "label": None},
+      "'label' must be true, false, 1 or 0, found null",
+    ),
+    ({"prompt": "p", "completion": "c", "label": 2}, "found 2"),
+    ({"prompt": "p", "completion": "c", "label": "yes"}, "found a string"),
+    ({"messages": [GOOD, USER]}, "must end with a message of role"),
+    (
+      {"conversations": [{"from": ["x"], "value": "v"}], **ANSWERS},
+      "'conversations[0].role' must be a string",
+    ),
+  ],
+)
+def test_a_wrong_value_names_its_key(row, expected):
+  with pytest.raises(DataError) as caught:
+    to_example(row, detect_format(row))
+  assert expected in str(caught.value)
+
+
+def test_equal_dialogues_become_equal_responses():
+  example = to_example(
+    {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "paired_implicit"
+  )
+  assert example.responses == ([GOOD], [GOOD])
+  same = "\n\nHuman: a\n\nAssistant: b"
+  assert split_hh(same, same)[1:] == (" b", " b")
+
+
+def test_null_keys_of_messages_from_columnar_files_disappear():
+  message = USER | {"name": None}
+  example = to_example({"messages": [message, GOOD]}, "completion")
+  assert example.prompt == [USER]
+
+
+@needs_shared
+@pytest.mark.parametrize(
+  ("raw", "normalised"),
+  [
+    ("hh_harmless/raw_test.jsonl.gz", "hh_harmless/pairs.jsonl.gz"),
+    ("tone_pairs/raw.json", "tone_pairs/pairs.jsonl.gz"),
+    (
+      "chat_demo/raw_dpo_en_demo.json.gz",
+      "chat_demo/pairs_messages.jsonl.gz",
+    ),
+    (
+      "chat_demo/raw_kto_en_demo.json.gz",
+      "chat_demo/unpaired_messages.jsonl.gz",
+    ),
+  ],
+)
+def test_raw_files_equal_their_normalised_twins(raw, normalised):
+  def examples(name):
+    for _, row in read_rows(str(SHARED / "data" / name)):
+      yield to_example(row, detect_format(row))
+
+  pairs = list(zip(examples(raw), examples(normalised), strict=True))
+  # Counted, because a failing comparison would print the rows.
+  assert sum(ours != theirs for ours, theirs in pairs) == 0
