@@ -115,6 +115,7 @@ def normalise(row: dict, fmt: str) -> dict:
   if example.desirable is not None:
     columns["label"] = example.desirable
   if "subset" in row:
+    check_text(example.subset, "'subset'")
     columns["subset"] = example.subset
   return columns
 

@@ -257,3 +257,6 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     "attention_bias": config.attention_bias,
     "mlp_bias": config.mlp_bias,
   }
+
+
+Model = Llama  # the name that every family module has

@@ -1,0 +1,166 @@
+"""What a policy says: answers to held-out prompts, their reward and their KL.
+
+Answers drawn at temperature 1 without cut-offs also estimate the KL divergence
+of the policy from its reference: the mean of log pi(y|x) - log ref(y|x).
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax import sharding
+from dpo_jax.build import Built
+from dpo_jax.config import Sample
+from dpo_jax.data.plan import Plan
+from dpo_jax.data.store import Examples
+from dpo_jax.errors import ConfigError
+from dpo_jax.evaluate import score_examples
+from dpo_jax.sample import Sampled, make_sampler
+from dpo_jax.train_step import Variables
+
+Reward = Callable[[str, str], float]
+
+
+class Answers(NamedTuple):
+  prompts: list[str]
+  responses: list[str]
+  rewards: list[float] | None  # if a reward function was named
+  sampled: Sampled
+
+
+class Answerer:
+  """Answers a fixed set of prompts, always with the same random numbers."""
+
+  def __init__(
+    self, built: Built, settings: Sample, examples: Examples, seed: int
+  ):
+    """Takes the first distinct prompts of `examples`.
+
+    Raises:
+      ConfigError: the reward function cannot be imported.
+    """
+    self.prompts = _distinct_prompts(examples, settings.prompts)
+    self.reward = load_reward(settings.reward) if settings.reward else None
+    self.settings = settings
+    self._built = built
+    self._tokenizer = tokenizer = built.tokenizer
+    self._seed = seed
+    self._sampler = make_sampler(
+      built.model,
+      max_tokens=settings.max_tokens,
+      stop_ids=(tokenizer.eos_id,),
+      pad_id=tokenizer.pad_id,
+      temperature=settings.temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
+    )
+
+  def __call__(self, variables: Variables) -> Answers:
+    sampled = self._sampler(variables, self.prompts, self._seed)
+    prompts = [self._tokenizer.decode(p) for p in self.prompts]
+    responses = [
+      self._tokenizer.decode(row[:n])
+      for row, n in zip(sampled.tokens, sampled.lengths, strict=True)
+    ]
+    rewards = None
+    if self.reward:
+      rewards = [
+        float(self.reward(p, r))
+        for p, r in zip(prompts, responses, strict=True)
+      ]
+    return Answers(prompts, responses, rewards, sampled)
+
+  def kl(
+    self, policy: Variables, reference: Variables, sampled: Sampled
+  ) -> dict[str, float] | None:
+    """KL(policy || reference) in nats per response, from the policy's answers.
+
+    Returns:
+      {"mean", "standard_error"}, or None if the answers were not drawn from
+      the policy itself (greedy, or cut off by top_k or top_p).
+    """
+    s = self.settings
+    if s.temperature != 1 or s.top_k or s.top_p < 1:
+      return None
+    responses = [
+      row[:n] for row, n in zip(sampled.tokens, sampled.lengths, strict=True)
+    ]
+    mesh, score = self._built.mesh, self._built.score
+    plan = Plan(
+      as_examples(self.prompts, responses),
+      batch_size=len(responses),
+      shuffle=False,
+      rows_multiple=sharding.batch_shards(mesh),
+      scored_multiple=8 * mesh.shape["tensor"],
+    )
+    ratios = (
+      score_examples(score, policy, plan, mesh)[:, 0]
+      - score_examples(score, reference, plan, mesh)[:, 0]
+    )
+    error = ratios.std(ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0
+    return {"mean": float(ratios.mean()), "standard_error": float(error)}
+
+
+def as_examples(
+  prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+) -> Examples:
+  """Token ids as examples of one response each."""
+  pieces = [x for pair in zip(prompts, responses, strict=True) for x in pair]
+  p = np.array([len(x) for x in prompts], np.int32)
+  r = np.array([len(x) for x in responses], np.int32)
+  n = len(p)
+  return Examples(
+    tokens=np.concatenate(pieces).astype(np.int32),
+    offsets=np.concatenate([[0], np.cumsum(p + r)]).astype(np.int64),
+    prompt_lengths=p,
+    chosen_lengths=r,
+    rejected_lengths=np.zeros(n, np.int32),
+    desirable=np.ones(n, bool),
+    rows=np.arange(n),
+    subsets=np.zeros(n, np.int32),
+    subset_names=("",),
+    kind="sft",
+    format="ids",
+    report={},
+    fingerprint="",
+  )
+
+
+def load_reward(name: str) -> Reward:
+  """Imports "module:function".
+
+  Raises:
+    ConfigError: there is no such thing.
+  """
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as e:
+    raise ConfigError(
+      f"config.sample.reward={name!r}: {e}; expected 'module:function' taking"
+      " a prompt and a response"
+    ) from e
+
+
+def sample_rows(before: Answers) -> list[dict]:
+  """Rows of samples.jsonl at the start; the end of the run adds "after"."""
+  rewards = before.rewards or [None] * len(before.prompts)
+  return [
+    {"step": 0, "prompt": prompt, "before": response, "reward_before": reward}
+    for prompt, response, reward in zip(
+      before.prompts, before.responses, rewards, strict=True
+    )
+  ]
+
+
+def _distinct_prompts(examples: Examples, n: int) -> list[np.ndarray]:
+  seen: dict[bytes, np.ndarray] = {}
+  for i in range(len(examples)):
+    if len(seen) == n:
+      break
+    prompt = np.asarray(examples.prompt(i))
+    seen.setdefault(prompt.tobytes(), prompt)
+  return list(seen.values())

@@ -1,0 +1,161 @@
+"""From a config to the objects of a run: mesh, tokenizer, model, data."""
+
+import functools
+import os
+import types
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax import sharding
+from dpo_jax.config import Config
+from dpo_jax.data.encode import EncodeSettings
+from dpo_jax.data.store import Examples, check_vocabulary, load_examples
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.errors import ConfigError
+from dpo_jax.models import hf
+from dpo_jax.score import Score, make_score
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Built(NamedTuple):
+  """What every command needs."""
+
+  mesh: Mesh
+  tokenizer: Any  # see data.tokenizer
+  family: types.ModuleType  # see models.hf
+  model: nn.Module
+  abstract: Any  # {"params": ...} of shapes, dtypes and shardings
+  score: Score
+
+
+def build(config: Config) -> Built:
+  """Reads the tokenizer and the model's config; loads no weights.
+
+  Raises:
+    ConfigError, CheckpointError, DataError: one line each, for what it is.
+  """
+  c = config.model
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  tokenizer = load_tokenizer(c.tokenizer or c.path or "bytes")
+  if c.path:
+    family, shape = hf.read_config(os.path.expanduser(c.path))
+  else:
+    family, shape = hf.family(c.family), None
+  pins = sharding.Pins(mesh)
+  try:
+    compute = family.Compute(
+      dtype=_dtype("model.dtype", c.dtype),
+      param_dtype=_dtype("model.param_dtype", c.param_dtype),
+      remat=c.remat,
+      attention=c.attention,
+      pin_activations=pins.activations,
+      pin_weights=pins.weights,
+    )
+    shape = shape or family.Config(
+      vocab_size=tokenizer.vocab_size,
+      width=c.width,
+      ffn=c.ffn,
+      layers=c.layers,
+      heads=c.heads,
+      kv_heads=c.kv_heads,
+      head_dim=c.width // c.heads,
+      max_length=config.data.max_length,
+      tied=c.tied,
+    )
+  except ValueError as e:
+    raise ConfigError(f"config.model: {e}") from e
+  if tokenizer.vocab_size > shape.vocab_size:
+    raise ConfigError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary"
+      f" only {shape.vocab_size}; they do not belong together"
+    )
+  model = family.Model(shape, compute)
+  abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    sharding.shard_tree(abstract, mesh),
+  )
+  score = make_score(model, tile=c.head_tile, place_head=pins.head)
+  return Built(mesh, tokenizer, family, model, abstract, score)
+
+
+def load_variables(config: Config, built: Built, path: str = "") -> Any:
+  """Weights of `path`, or of the config's model, or random by the seed;
+  sharded as they are made."""
+  path = path or config.model.path
+  if path:
+    path = os.path.expanduser(path)
+    return hf.load_variables(path, built.family.HF_NAMES, built.abstract)
+  shardings = jax.tree.map(lambda x: x.sharding, built.abstract)
+  init = jax.jit(built.model.init_variables, out_shardings=shardings)
+  return init(jax.random.key(config.seed))
+
+
+class Data(NamedTuple):
+  train: Examples
+  held_out: Examples | None
+  reports: dict[str, Any]  # counts of what was dropped and cut, by split
+
+
+def load_data(config: Config, built: Built, kind: str) -> Data:
+  """Encoded training and held-out examples of a kind of loss.
+
+  Without an evaluation source, the examples of the first `eval_rows` usable
+  rows are held out, so that what belongs to one row stays on one side.
+  """
+  d = config.data
+  if not d.source:
+    raise ConfigError("config.data.source is empty; name a file or TFDS folder")
+  load = functools.partial(
+    load_examples,
+    tokenizer=built.tokenizer,
+    settings=EncodeSettings(
+      max_length=d.max_length,
+      max_prompt_length=d.max_prompt_length,
+      kind=kind,
+      on_bad_row=d.on_bad_row,
+    ),
+    cache_dir=os.path.expanduser(d.cache_dir),
+  )
+  train = load(d.source, d.split)
+  check_vocabulary(train, built.model.config.vocab_size)
+  reports = {"train": train.report}
+  if d.eval_source:
+    held_out = load(d.eval_source, d.eval_split)
+    check_vocabulary(held_out, built.model.config.vocab_size)
+    reports["eval"] = held_out.report
+    if d.eval_rows:
+      held_out, _ = _first_rows(held_out, d.eval_rows)
+  elif d.eval_rows:
+    held_out, train = _first_rows(train, d.eval_rows)
+    if not len(train):
+      raise ConfigError(
+        f"config.data.eval_rows={d.eval_rows} holds out all of {d.source};"
+        " nothing is left to train on"
+      )
+  else:
+    held_out = None
+  return Data(train, held_out, reports)
+
+
+def _first_rows(examples: Examples, n: int) -> tuple[Examples, Examples]:
+  rows = np.unique(examples.rows)
+  count = len(examples)
+  if n < len(rows):
+    count = int(np.searchsorted(examples.rows, rows[n]))
+  return examples.slice(0, count), examples.slice(count, len(examples))
+
+
+def _dtype(key: str, name: str) -> Any:
+  if name not in _DTYPES:
+    raise ConfigError(
+      f"config.{key}={name!r} should be one of {', '.join(_DTYPES)}"
+    )
+  return _DTYPES[name]

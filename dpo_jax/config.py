@@ -1,0 +1,223 @@
+"""Every setting of a run: its name, type, default and meaning.
+
+The files in `configs/` start from these defaults; the command line overrides
+them by `--config.section.field=value`; nothing else is read anywhere.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from typing import Any
+
+from dpo_jax import losses
+from dpo_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  path: str = ""  # Hugging Face folder to start from; "" starts from scratch
+  tokenizer: str = ""  # folder, or "bytes"; "" is the one beside the weights
+  family: str = "llama"  # this and the sizes: only from scratch
+  width: int = 128
+  layers: int = 4
+  heads: int = 4
+  kv_heads: int = 2
+  ffn: int = 344
+  tied: bool = True
+  dtype: str = "float32"  # of activations: float32 or bfloat16
+  param_dtype: str = "float32"  # of trained weights and optimizer state
+  remat: str = "none"  # "block" recomputes each layer in the backward
+  attention: str = "blockwise"  # or "dense"
+  head_tile: int = 1024  # rows of logits alive at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  path: str = ""  # folder; "" is the policy's own starting point
+  precompute: bool = False  # score all pairs once instead of every step
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  source: str = ""  # .jsonl[.gz], .json[.gz], .parquet, TFDS folder or name
+  split: str = "train"  # of a TFDS source, slices allowed: "train[:90%]"
+  eval_source: str = ""  # "" holds out the first eval_rows of the source
+  eval_split: str = "test"
+  eval_rows: int = 0  # most examples to evaluate on; 0 with a source: all
+  max_length: int = 1024  # tokens of prompt and response together
+  max_prompt_length: int = 0  # longer ones lose their beginning; 0: half
+  row_length: int = 0  # tokens of a packed row; 0 chooses from the data
+  on_bad_row: str = "drop"  # or "error"
+  cache_dir: str = "~/.cache/dpo_jax"  # of encoded data; "" does not keep it
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  name: str = "adamw"
+  learning_rate: float = 1e-6
+  schedule: str = "linear"
+  warmup: float = 0.1  # share of the steps
+  final: float = 0.0  # share of the peak learning rate
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  epsilon: float = 1e-8
+  momentum: float = 0.0
+  clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  batch_size: int = 64  # examples a step, over all devices
+  microbatches: int = 1  # parts of it that run one after another
+  epochs: float = 1.0
+  steps: int = 0  # instead of epochs, where above 0
+  eval_batch_size: int = 0  # 0: batch_size
+  eval_every: int = 100  # steps; 0: only before and after
+  checkpoint_every: int = 500  # steps; 0: only at the end
+  keep_checkpoints: int = 2
+  log_every: int = 10
+  max_skipped: int = 10  # steps in a row that may be skipped as not finite
+  export: bool = True  # write a Hugging Face folder at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  data: int = -1  # -1: the devices that the others leave
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  prompts: int = 8  # held-out prompts to answer before and after; 0: none
+  max_tokens: int = 128
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  reward: str = ""  # "module:function" of (prompt, response), to score answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  tensorboard: bool = False
+  wandb: bool = False
+  name: str = ""  # of the run, in W&B
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All sections. `loss` holds a name and the hyper-parameters that differ from
+  that loss's own defaults; None stands for "its default"."""
+
+  seed: int = 0
+  model: Model = Model()
+  reference: Reference = Reference()
+  data: Data = Data()
+  loss: dict[str, Any] = dataclasses.field(
+    default_factory=lambda: {"name": "dpo"}
+  )
+  optim: Optim = Optim()
+  train: Train = Train()
+  mesh: Mesh = Mesh()
+  sample: Sample = Sample()
+  log: Log = Log()
+
+  def make_loss(self) -> losses.Loss:
+    """The loss with its hyper-parameters.
+
+    Raises:
+      ConfigError: it has no such hyper-parameter, or a value is out of range.
+    """
+    options = {k: v for k, v in self.loss.items() if v is not None}
+    try:
+      return losses.make(**options)
+    except ValueError as e:
+      raise ConfigError(f"config.loss: {e}") from e
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  def identity(self) -> dict[str, Any]:
+    """The settings that decide the numbers of a run, flat. Two runs that agree
+    in these may continue one another."""
+    flat = flatten(self.to_dict())
+    return {k: v for k, v in flat.items() if not k.startswith(_HARMLESS)}
+
+  def fingerprint(self) -> str:
+    text = json.dumps(self.identity(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# What may change between the parts of one run: how fast, where, how talkative.
+_HARMLESS = (
+  "mesh.", "sample.", "log.", "data.cache_dir", "model.remat",
+  "model.attention", "model.head_tile", "train.microbatches",
+  "train.eval_every", "train.eval_batch_size", "train.log_every",
+  "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
+  "train.export",
+)  # fmt: skip
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """Builds the typed form, checking every name and type.
+
+  Raises:
+    ConfigError: a key is not known or a value has another type; the message
+      names the key and what was expected.
+  """
+  sections = {f.name: f for f in dataclasses.fields(Config)}
+  known = Config()
+  built = {}
+  for key, value in values.items():
+    _check_known(key, sections, "config")
+    default = getattr(known, key)
+    if dataclasses.is_dataclass(default):
+      built[key] = _section(key, type(default), value)
+    else:
+      built[key] = dict(value) if isinstance(default, dict) else value
+  return Config(**built)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:
+  """Names the settings in which two flat configs differ; "" if in none."""
+  lines = [
+    f"{key}: {saved.get(key)!r} there, {mine.get(key)!r} here"
+    for key in sorted(saved.keys() | mine.keys())
+    if saved.get(key) != mine.get(key)
+  ]
+  return "; ".join(lines)
+
+
+def _section(name, cls, values):
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key, value in values.items():
+    _check_known(key, fields, f"config.{name}")
+    wanted = fields[key].type
+    number = wanted is float and type(value) is int
+    if type(value) is not wanted and not number:
+      raise ConfigError(
+        f"config.{name}.{key}={value!r} should be of type {wanted.__name__}"
+      )
+  return cls(**values)
+
+
+def _check_known(key, known, where) -> None:
+  if key not in known:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(
+      f"{where} has no field {key!r}{hint}; it has: {', '.join(known)}"
+    )

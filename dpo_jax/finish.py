@@ -1,0 +1,126 @@
+"""The end of a run: answers, exported model, summary and report."""
+
+import importlib.metadata
+import math
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.answers import Answerer
+from dpo_jax.config import flatten
+from dpo_jax.models import hf
+from dpo_jax.report import write_report
+from dpo_jax.run import Run
+from dpo_jax.train_step import TrainState
+from dpo_jax.workdir import Workdir
+from dpo_jax.writers import encode_float, read_metrics
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dpo-jax")
+
+
+def finish(
+  run: Run,
+  place: Workdir,
+  state: TrainState,
+  reference: Any | None,
+  answerer: Answerer | None,
+  seconds: float,
+) -> dict[str, Any]:
+  """Writes samples.jsonl, model/, summary.json and report.html.
+
+  Returns:
+    The summary.
+  """
+  rewards = kl = None
+  if answerer:
+    after = answerer(state.params)
+    rows = place.read_samples()
+    for row, response, reward in zip(
+      rows,
+      after.responses,
+      after.rewards or [None] * len(rows),
+      strict=True,
+    ):
+      row |= {"step": run.steps, "after": response, "reward_after": reward}
+    place.write_jsonl(place.samples, rows)
+    if after.rewards:
+      rewards = {
+        "before": float(np.mean([row["reward_before"] for row in rows])),
+        "after": float(np.mean(after.rewards)),
+      }
+    if reference is not None:
+      kl = answerer.kl(state.params, reference, after.sampled)
+  if run.config.train.export:
+    hf.save_checkpoint(
+      place.model,
+      run.built.family,
+      run.built.model.config,
+      state.params,
+      save_tokenizer=run.built.tokenizer.save,
+    )
+  summary = _summary(run, place, state, seconds)
+  summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
+  if kl:
+    summary["kl_standard_error"] = kl["standard_error"]
+  place.write_json(place.summary, _finite(summary))
+  write_report(place.path)
+  return summary
+
+
+def _summary(run, place, state, seconds) -> dict[str, Any]:
+  config = run.config
+  rows = read_metrics(place.path / "metrics.jsonl")
+  evals = [r for r in rows if r["split"] == "eval"]
+  train = [r for r in rows if r["split"] == "train"]
+  reports = run.data.reports
+  plan = run.train_plan
+  speeds = [r["pairs_per_second"] for r in train if "pairs_per_second" in r]
+  return {
+    "method": run.loss.name,
+    "loss": dict(run.loss.options),
+    "model": config.model.path or f"{config.model.family} from scratch",
+    "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+    "dataset": reports["train"],
+    "eval_dataset": reports.get("eval"),
+    "eval_examples": len(run.data.held_out) if run.data.held_out else 0,
+    "steps": run.steps,
+    "batch_size": config.train.batch_size,
+    "row_tokens": plan.shape.tokens,
+    "fill": plan.fill(),
+    "wall_seconds": seconds,
+    "throughput": {"pairs_per_second": float(np.median(speeds))}
+    if speeds
+    else None,
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "versions": {
+      "python": sys.version.split()[0],
+      **{name: _version(name) for name in _PACKAGES},
+    },
+    "initial_eval": _metrics(evals[0]) if evals else None,
+    "final_eval": _metrics(evals[-1]) if evals else None,
+    "skipped_steps": int(state.skipped),
+    "checkpoint": str(place.checkpoints),
+    "model_dir": str(place.model) if config.train.export else None,
+    "command": " ".join(sys.argv),
+    "config": flatten(config.to_dict()),
+  }
+
+
+def _metrics(row):
+  return {k: v for k, v in row.items() if k not in ("step", "split")}
+
+
+def _finite(value):
+  """Strict JSON: non-finite floats become strings, as in metrics.jsonl."""
+  if isinstance(value, dict):
+    return {k: _finite(v) for k, v in value.items()}
+  return encode_float(value) if isinstance(value, float) else value
+
+
+def _version(name: str) -> str:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"

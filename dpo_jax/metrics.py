@@ -1,0 +1,58 @@
+"""From sums to numbers: the one place where means are divided."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from dpo_jax.losses import Sums
+
+
+def means(sums: Mapping[str, Sums]) -> dict[str, float]:
+  """Divides sums of any number of batches; a metric that counted nothing (a
+  batch of one class) is left out.
+
+  Where the reward classes were averaged apart (KTO), their difference is the
+  margin.
+  """
+  host = jax.device_get(dict(sums))
+  values = {
+    name: float(s.total) / float(s.count)
+    for name, s in host.items()
+    if float(s.count) > 0
+  }
+  if "rewards/margins" not in values and {
+    "rewards/chosen",
+    "rewards/rejected",
+  } <= set(values):
+    values["rewards/margins"] = (
+      values["rewards/chosen"] - values["rewards/rejected"]
+    )
+  return values
+
+
+def add(parts: Iterable[Mapping[str, Sums]]) -> dict[str, Sums]:
+  """Adds sums of batches in float64 on the host."""
+  total: dict[str, Sums] = {}
+  for part in parts:
+    for name, s in jax.device_get(dict(part)).items():
+      old = total.get(name, Sums(np.float64(0), np.float64(0)))
+      total[name] = Sums(
+        old.total + np.float64(s.total), old.count + np.float64(s.count)
+      )
+  return total
+
+
+def accuracy_interval(accuracy: float, n: int) -> tuple[float, float]:
+  """95 % Wilson score interval of a share seen in n independent examples."""
+  if n == 0:
+    return 0.0, 1.0
+  z = 1.959964
+  centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+  half = (
+    z
+    / (1 + z * z / n)
+    * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+  )
+  return centre - half, centre + half

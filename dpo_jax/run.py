@@ -1,0 +1,150 @@
+"""Everything a run is made of, built from its config."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import evaluate, optim, sharding
+from dpo_jax.answers import Answerer
+from dpo_jax.build import Built, build, load_data, load_variables
+from dpo_jax.config import Config
+from dpo_jax.data.plan import Plan
+from dpo_jax.errors import ConfigError
+from dpo_jax.train_step import TrainState, train_step
+
+
+class Run:
+  """Data, plans, optimizer and compiled step; `train` walks through them."""
+
+  def __init__(self, config: Config, built: Built | None = None):
+    """Reads data and weights, plans the steps, makes the state.
+
+    Raises:
+      UserError: one line for whatever is missing or does not fit.
+    """
+    self.config = config
+    self.loss = config.make_loss()
+    self.built = built or build(config)
+    mesh = self.built.mesh
+    self.data = load_data(config, self.built, self.loss.kind)
+    self.train_plan = self._plan_training()
+    self.eval_plan = self._plan_evaluation()
+    self.steps = len(self.train_plan)
+    o = dict(vars(config.optim))
+    self.schedule = optim.make_schedule(
+      o.pop("learning_rate"),
+      self.steps,
+      schedule=o.pop("schedule"),
+      warmup=o.pop("warmup"),
+      final=o.pop("final"),
+    )
+    self.tx = optim.make(self.schedule, **o)
+    self.abstract_state = self._abstract_state()
+    self.step = jax.jit(
+      functools.partial(
+        train_step,
+        score=self.built.score,
+        loss=self.loss,
+        tx=self.tx,
+        microbatches=config.train.microbatches,
+      ),
+      donate_argnums=0,
+      out_shardings=(
+        jax.tree.map(lambda x: x.sharding, self.abstract_state),
+        sharding.replicated(mesh),
+      ),
+    )
+    self.evaluator = evaluate.make_evaluator(self.built.score, self.loss, mesh)
+
+  def first_state(self) -> TrainState:
+    """The state before any step: weights as loaded or drawn."""
+    params = load_variables(self.config, self.built)
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
+    zero = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(zero, params, init(params), zero + 0)
+
+  def load_reference(self) -> Any | None:
+    """Variables of the reference; None if the loss reads none. Never the
+    policy's own buffers, which the step donates."""
+    if not self.loss.needs_reference:
+      return None
+    return load_variables(self.config, self.built, self.config.reference.path)
+
+  def identity(self) -> dict[str, Any]:
+    """What a checkpoint must agree in, beside the config, to be continued."""
+    c = self.config
+    reference = None
+    if self.loss.needs_reference:
+      reference = c.reference.path or c.model.path or f"random {c.seed}"
+    return {
+      "loss": repr(self.loss),
+      "data": self.data.train.fingerprint,
+      "reference": reference,
+    }
+
+  def precompute(self, reference: Any) -> None:
+    """Scores training pairs under the reference once, for all steps."""
+    if self.loss.kind == "unpaired":
+      raise ConfigError(
+        "config.reference.precompute does not go with unpaired losses, whose"
+        " mismatched completions change from step to step"
+      )
+    plan = self._plan(self.data.train, self.config.train.batch_size)
+    self.train_plan.reference_logps = evaluate.score_examples(
+      self.built.score, reference, plan, self.built.mesh
+    )
+
+  def answerer(self) -> Answerer | None:
+    """Answers held-out prompts (or training ones, if none are held out)."""
+    settings = self.config.sample
+    if not settings.prompts:
+      return None
+    examples = self.data.held_out or self.data.train
+    return Answerer(self.built, settings, examples, self.config.seed)
+
+  def _plan_training(self) -> Plan:
+    t, mesh = self.config.train, self.built.mesh
+    steps = t.steps or math.ceil(t.epochs * len(self.data.train) / t.batch_size)
+    return self._plan(
+      self.data.train,
+      t.batch_size,
+      steps=max(steps, 1),
+      seed=self.config.seed,
+      shuffle=True,
+      rows_multiple=sharding.batch_shards(mesh) * t.microbatches,
+    )
+
+  def _plan_evaluation(self) -> Plan | None:
+    if self.data.held_out is None:
+      return None
+    t = self.config.train
+    return self._plan(self.data.held_out, t.eval_batch_size or t.batch_size)
+
+  def _plan(self, examples, batch_size, **options) -> Plan:
+    mesh = self.built.mesh
+    options = {
+      "shuffle": False,
+      "rows_multiple": sharding.batch_shards(mesh),
+      "row_length": self.config.data.row_length,
+      "scored_multiple": 8 * mesh.shape["tensor"],
+    } | options
+    return Plan(examples, batch_size=batch_size, **options)
+
+  def _abstract_state(self) -> TrainState:
+    mesh = self.built.mesh
+    params = self.built.abstract
+    state = TrainState(
+      jax.ShapeDtypeStruct((), jnp.int32),
+      params,
+      jax.eval_shape(self.tx.init, params),
+      jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      sharding.shard_tree(state, mesh),
+    )

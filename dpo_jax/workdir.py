@@ -1,0 +1,96 @@
+"""The directory of a run: what lies in it, and whose it is."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from dpo_jax.config import Config, differences
+from dpo_jax.errors import ConfigError
+
+
+class Workdir:
+  """Paths of a run's files.
+
+      config.json     every setting
+      metrics.jsonl   one row per logged step and per evaluation
+      checkpoints/    orbax; what a stopped run continues from
+      samples.jsonl   answers before and after
+      summary.json    what came out, with counts of dropped data
+      report.html     the same to look at
+      model/          the trained model as a Hugging Face folder
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path).expanduser().absolute()
+    self.config = self.path / "config.json"
+    self.checkpoints = self.path / "checkpoints"
+    self.samples = self.path / "samples.jsonl"
+    self.summary = self.path / "summary.json"
+    self.model = self.path / "model"
+
+  def check(self, config: Config) -> None:
+    """Refuses what cannot become this run's directory; writes nothing.
+
+    Raises:
+      ConfigError: it cannot be written, or holds another run.
+    """
+    if self.config.exists():
+      saved = self._read(self.config)["identity"]
+      other = differences(saved, config.identity())
+      if other:
+        raise ConfigError(
+          f"work directory {self.path} holds another run ({other}); take"
+          " another directory, or the same settings to continue"
+        )
+    there = next(p for p in (self.path, *self.path.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+      raise ConfigError(
+        f"work directory {self.path}: {there} is not a writable directory"
+      )
+
+  def claim(self, config: Config) -> None:
+    """Makes the directory this run's.
+
+    Raises:
+      ConfigError: it cannot be written, or holds another run.
+    """
+    self.check(config)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self.write_json(
+        self.config,
+        {"config": config.to_dict(), "identity": config.identity()},
+      )
+    except OSError as e:
+      raise ConfigError(
+        f"work directory {self.path}: {e.strerror or e}"
+      ) from e
+
+  def write_json(self, path: pathlib.Path, value: Any) -> None:
+    self.write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+  def write_jsonl(self, path: pathlib.Path, rows: list[dict]) -> None:
+    self.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+  def write_text(self, path: pathlib.Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+  def read_samples(self) -> list[dict] | None:
+    """Rows of samples.jsonl, or None."""
+    if not self.samples.exists():
+      return None
+    lines = self.samples.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+  def read_summary(self) -> dict[str, Any]:
+    return self._read(self.summary)
+
+  def _read(self, path: pathlib.Path) -> Any:
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+      raise ConfigError(f"{path}: cannot be read: {e}") from e
