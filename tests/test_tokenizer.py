@@ -166,8 +166,8 @@ def test_the_fingerprint_follows_what_changes_ids(tmp_path):
       {"config": {"eos_token": "<|eos|>", "chat_template": 3}},
       "'chat_template' must be a string",
     ),
-    ({"tokenizer": "{"}, "tokenizer.json: not a tokenizer"),
-    ({"tokenizer": '{"model": {"type": "BPE"}}'}, "not a tokenizer"),
+    ({"tokenizer": "{"}, "tokenizer.json: not a usable tokenizer"),
+    ({"tokenizer": '{"model": {"type": "BPE"}}'}, "not a usable tokenizer"),
   ],
 )
 def test_wrong_files_are_named(tmp_path, files, expected):
@@ -203,3 +203,16 @@ def test_a_damaged_tokenizer_file_is_a_data_error(data):
     HFTokenizer(files).encode(["a b"])
   except DataError as error:
     assert "\n" not in str(error)
+
+
+def test_a_panic_of_the_library_is_a_data_error(tmp_path):
+  backend = json.loads(BYTES._files["tokenizer.json"])
+  backend["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "special_tokens": {},
+  }
+  config = {"eos_token": "<|eos|>", "bos_token": "<|bos|>"}
+  path = folder(tmp_path, config=config, tokenizer=backend)
+  assert "not a usable tokenizer" in refusal(path)

@@ -4,10 +4,11 @@ Both kinds are one class: a `tokenizer.json` from a checkpoint directory, and a
 byte tokenizer built in memory for runs without a checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -97,21 +98,22 @@ class HFTokenizer:
     Raises:
       DataError: something is not a string, or holds half a surrogate pair.
     """
+    texts = list(texts)
     try:
-      batch = self._backend.encode_batch_fast(
-        list(texts), add_special_tokens=False
-      )
-    except Exception as error:
+      with _library(self._where):
+        batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    except DataError:
+      # The library says that something is no text, but not which and why.
       for number, text in enumerate(texts):
         check_text(text, f"text {number}")
-      raise DataError(f"{self._where}: cannot encode ({error})") from None
+      raise
     return [encoding.ids for encoding in batch]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens left out."""
-    return self._backend.decode(
-      [int(one) for one in ids], skip_special_tokens=True
-    )
+    ids = [int(one) for one in ids]
+    with _library(self._where):
+      return self._backend.decode(ids, skip_special_tokens=True)
 
   def save(self, directory: str) -> None:
     """Writes the tokenizer's files, as transformers and `load` read them."""
@@ -164,7 +166,8 @@ class HFTokenizer:
     says = self._config.get("add_bos_token")
     if isinstance(says, bool):
       return says
-    return self._backend.encode("a").ids[:1] == [self.bos_id]
+    with _library(self._where):
+      return self._backend.encode("a").ids[:1] == [self.bos_id]
 
   def _template(self) -> str | None:
     if _TEMPLATE in self._files:
@@ -232,19 +235,26 @@ def check_text(text: object, place: str) -> None:
 
 
 def _backend(text: str, where: str) -> tokenizers.Tokenizer:
-  try:
+  with _library(where):
     backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
+  return backend
+
+
+@contextlib.contextmanager
+def _library(where: str) -> Iterator[None]:
+  """Turns what the library raises over a damaged file into a DataError."""
+  try:
+    yield
   except (KeyboardInterrupt, SystemExit):
     raise
   # A panic inside the library is not an Exception.
   except BaseException as error:
     reason = str(error).splitlines()[0] if str(error) else "no reason given"
     raise DataError(
-      f"{where}/tokenizer.json: not a tokenizer ({reason[:200]})"
+      f"{where}/tokenizer.json: not a usable tokenizer ({reason[:200]})"
     ) from None
-  return backend
 
 
 def _token_texts(config: dict) -> dict[str, str]:
