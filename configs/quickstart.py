@@ -9,7 +9,7 @@ both stages; each can be run alone, after it has:
     --workdir=runs/quickstart/sft
 """
 
-from configs.common import defaults, parse_arg
+from dpo_jax.config_file import defaults, parse_arg
 
 
 def get_config(arg=None):

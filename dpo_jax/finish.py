@@ -102,6 +102,7 @@ def _summary(run, place, state, seconds) -> dict[str, Any]:
     "final_eval": _metrics(evals[-1]) if evals else None,
     "skipped_steps": int(state.skipped),
     "checkpoint": str(place.checkpoints),
+    "report": str(place.path / "report.html"),
     "model_dir": str(place.model) if config.train.export else None,
     "command": " ".join(sys.argv),
     "config": flatten(config.to_dict()),

@@ -1,4 +1,4 @@
-"""What the configs share: the defaults as a ConfigDict, and arg strings."""
+"""For files in `configs/`: the defaults as a ConfigDict, and arg strings."""
 
 import inspect
 from typing import Any

@@ -1,0 +1,127 @@
+"""What a run would do, without doing it: shapes, memory, and the first row."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.config import Config, flatten
+from dpo_jax.run import Run
+
+
+def render_config(config: Config) -> str:
+  """All settings, one a line, as they are given on the command line."""
+  lines = [
+    f"--config.{key}={value!r}"
+    for key, value in flatten(config.to_dict()).items()
+    if value is not None
+  ]
+  return "\n".join(lines)
+
+
+def describe(config: Config) -> str:
+  """Builds everything but the weights, compiles the step, runs none of it."""
+  run = Run(config)
+  built, plan = run.built, run.train_plan
+  state = run.abstract_state
+  batch, _ = plan[0]
+  n_params = sum(math.prod(x.shape) for x in jax.tree.leaves(built.abstract))
+  reference = built.abstract if run.loss.needs_reference else None
+  reads = "with a reference" if reference else "no reference"
+  held_out = len(run.data.held_out) if run.data.held_out else 0
+  lines = [
+    f"loss        {run.loss.name} {dict(run.loss.options)}, {reads}",
+    f"model       {config.model.path or 'from scratch'}, {n_params:,}"
+    f" parameters, {config.model.dtype}",
+    f"mesh        {dict(built.mesh.shape)} on {jax.device_count()} x"
+    f" {jax.devices()[0].device_kind}",
+    f"data        {run.data.train.format}: {len(run.data.train)} examples to"
+    f" train, {held_out} held out",
+    f"dropped     {run.data.reports['train'].get('dropped') or 'none'}",
+    f"changed     {run.data.reports['train'].get('changed') or 'none'}",
+    f"steps       {run.steps} of {plan.batch_size} examples",
+    f"rows        {plan.shape.tokens} tokens, {plan.shape.scored} of them"
+    f" scored, up to {plan.shape.examples} examples;"
+    f" {'/'.join(map(str, plan.row_counts))} rows a step,"
+    f" {plan.fill():.0%} filled",
+    *_memory(run, state, reference, batch),
+    "row 0",
+    render_row(batch, 0, built.tokenizer),
+  ]
+  return "\n".join(lines)
+
+
+def render_row(batch: Any, row: int, tokenizer: Any) -> str:
+  """One packed row, token by token: what it is, where it stands, what it sees
+  and what it must predict."""
+  used = batch.key_end[row] > 0
+  predicts = {}
+  empty = 2 * batch.weights.shape[1]
+  for source, target, slot in zip(
+    batch.source[row], batch.target[row], batch.slot[row], strict=True
+  ):
+    if slot < empty:
+      predicts[int(source)] = (int(slot), int(target))
+  lines = [" index  position  sees            example branch    token -> target"]
+  for i in np.flatnonzero(used):
+    slot, target = predicts.get(int(i), (None, None))
+    where = "prompt"
+    if slot is not None:
+      where = f"{slot // 2}: {('first', 'second')[slot % 2]}"
+    text = repr(tokenizer.decode([int(batch.tokens[row, i])]))
+    if target is not None:
+      text += f" -> {tokenizer.decode([target])!r}"
+    sees = f"[{batch.key_start[row, i]}, {batch.key_end[row, i]})"
+    lines.append(
+      f"{i:6d}  {batch.positions[row, i]:8d}  {sees:14s}  {where:16s}  {text}"
+    )
+  lines.append(f"{int((~used).sum())} tokens of padding")
+  return "\n".join(lines)
+
+
+def render_summary(summary: dict[str, Any]) -> str:
+  """A finished run in a few lines."""
+  lines = [f"{summary['method']}: {summary['steps']} steps done"]
+  before, after = summary.get("initial_eval"), summary.get("final_eval")
+  if before and after:
+    for key, name in (
+      ("loss", "held-out loss"),
+      ("rewards/accuracies", "held-out accuracy"),
+      ("rewards/margins", "held-out margin"),
+    ):
+      if key in after:
+        lines.append(f"  {name:18s} {before[key]:.4f} -> {after[key]:.4f}")
+  if summary.get("true_reward"):
+    reward = summary["true_reward"]
+    lines.append(
+      f"  {'true reward':18s} {reward['before']:.3f} -> {reward['after']:.3f}"
+    )
+  if summary.get("kl_to_reference") is not None:
+    lines.append(
+      f"  {'KL to reference':18s} {summary['kl_to_reference']:.2f} nats a"
+      " response"
+    )
+  for key, name in (("model_dir", "model"), ("report", "report")):
+    if summary.get(key):
+      lines.append(f"  {name:18s} {summary[key]}")
+  return "\n".join(lines)
+
+
+def _memory(run, state, reference, batch) -> list[str]:
+  """Per-device bytes, by the compiler's account of the step."""
+  given = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
+  )
+  compiled = run.step.lower(state, reference, given).compile()
+  stats = compiled.memory_analysis()
+  if stats is None:
+    return ["memory      this backend does not tell"]
+  parts = {
+    "state and batch": stats.argument_size_in_bytes,
+    "temporary": stats.temp_size_in_bytes,
+    "new outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+  }
+  text = ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in parts.items())
+  total = sum(parts.values()) / 2**20
+  return [f"memory      {total:.1f} MiB a device: {text}"]
