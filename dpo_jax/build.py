@@ -104,11 +104,12 @@ class Data(NamedTuple):
   reports: dict[str, Any]  # counts of what was dropped and cut, by split
 
 
-def load_data(config: Config, built: Built, kind: str) -> Data:
+def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
   """Encoded training and held-out examples of a kind of loss.
 
   Without an evaluation source, the examples of the first `eval_rows` usable
-  rows are held out, so that what belongs to one row stays on one side.
+  rows are held out, so that what belongs to one row stays on one side. A
+  `limit` above 0 reads only the first rows.
   """
   d = config.data
   if not d.source:
@@ -127,6 +128,8 @@ def load_data(config: Config, built: Built, kind: str) -> Data:
   train = load(d.source, d.split)
   check_vocabulary(train, built.model.config.vocab_size)
   reports = {"train": train.report}
+  if limit:
+    train, _ = _first_rows(train, limit)
   if d.eval_source:
     held_out = load(d.eval_source, d.eval_split)
     check_vocabulary(held_out, built.model.config.vocab_size)

@@ -63,7 +63,9 @@ def render_row(batch: Any, row: int, tokenizer: Any) -> str:
   ):
     if slot < empty:
       predicts[int(source)] = (int(slot), int(target))
-  lines = [" index  position  sees            example branch    token -> target"]
+  lines = [
+    " index  position  sees            example branch    token -> target"
+  ]
   for i in np.flatnonzero(used):
     slot, target = predicts.get(int(i), (None, None))
     where = "prompt"
@@ -110,9 +112,7 @@ def render_summary(summary: dict[str, Any]) -> str:
 
 def _memory(run, state, reference, batch) -> list[str]:
   """Per-device bytes, by the compiler's account of the step."""
-  given = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
-  )
+  given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   compiled = run.step.lower(state, reference, given).compile()
   stats = compiled.memory_analysis()
   if stats is None:

@@ -81,7 +81,9 @@ def _summary(run, place, state, seconds) -> dict[str, Any]:
     "method": run.loss.name,
     "loss": dict(run.loss.options),
     "model": config.model.path or f"{config.model.family} from scratch",
-    "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+    "parameters": sum(
+      math.prod(x.shape) for x in jax.tree.leaves(state.params)
+    ),
     "dataset": reports["train"],
     "eval_dataset": reports.get("eval"),
     "eval_examples": len(run.data.held_out) if run.data.held_out else 0,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dpo_jax.config import Config, from_dict
@@ -22,12 +23,7 @@ def run(main: Callable[[Config], None]) -> None:
   Exit status: 0 done or stopped by a signal with its checkpoint saved; 2 bad
   input, with one line on stderr; anything else is a bug and shows a traceback.
   """
-  logging.basicConfig(
-    level=logging.INFO, format="%(message)s", stream=sys.stderr
-  )
-  for name in ("absl", "jax", "orbax"):
-    logging.getLogger(name).setLevel(logging.WARNING)
-  logging.getLogger("dpo_jax").setLevel(logging.INFO)
+  _set_up_logging()
 
   def guarded(argv):
     if len(argv) > 1:
@@ -35,9 +31,7 @@ def run(main: Callable[[Config], None]) -> None:
         f"unexpected argument {argv[1]!r}; settings are given as"
         " --config.section.field=value"
       )
-    if _CONFIG.value is None:
-      raise UserError("name a config, e.g. --config=configs/dpo.py")
-    main(from_dict(_CONFIG.value.to_dict()))
+    main(_read_config())
 
   try:
     app.run(guarded, flags_parser=_parse)
@@ -45,18 +39,55 @@ def run(main: Callable[[Config], None]) -> None:
     _say(e)
 
 
+def _set_up_logging() -> None:
+  """Plain lines on stderr; libraries speak up from warnings on."""
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  log = logging.getLogger("dpo_jax")
+  log.addHandler(handler)
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.set_stderrthreshold("warning")
+
+
+def _read_config() -> Config:
+  if _CONFIG.value is None:
+    raise UserError("name a config, e.g. --config=configs/dpo.py")
+  try:
+    values = _CONFIG.value.to_dict()
+  except OSError as e:
+    raise UserError(f"--config: {_one_line(e)}") from e
+  return from_dict(values)
+
+
 def _parse(argv):
   try:
     return flags.FLAGS(argv)
-  except (KeyError, AttributeError, flags.Error, ValueError, TypeError) as e:
+  except (KeyError, AttributeError) as e:
+    raise UserError(_unknown_key(e, argv)) from e
+  except (flags.Error, ValueError, TypeError, OSError) as e:
     raise UserError(_one_line(e)) from e
-  except (OSError, ImportError, SyntaxError) as e:
-    raise UserError(f"config: {_one_line(e)}") from e
+
+
+def _unknown_key(error: Exception, argv) -> str:
+  """ml_collections says which key, and maybe what was meant, but not where."""
+  key, *hint = re.findall(r"[A-Za-z_]\w*", str(error).replace("\\n", " "))
+  flag = next((a for a in argv if re.search(rf"[.]{key}(=|$)", a)), key)
+  meant = f"; did you mean {hint[3]!r}?" if hint[:3] == _MEANT else ""
+  return f"{flag}: the config has no {key!r}{meant}"
+
+
+_MEANT = ["Did", "you", "mean"]
 
 
 def _one_line(error: BaseException) -> str:
   text = error.args[0] if isinstance(error, KeyError) else str(error)
-  return re.sub(r"\s+", " ", str(text)).strip()
+  text = str(text)
+  if "Traceback (most recent call last)" in text:
+    # ml_collections passes on whole tracebacks; their last line is the error.
+    text = text.strip().splitlines()[-1].partition("Error: ")[2]
+  return re.sub(r"\s+", " ", text).strip()
 
 
 def _say(error: UserError) -> None:

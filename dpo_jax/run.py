@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import evaluate, optim, sharding
-from dpo_jax.answers import Answerer
+from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.build import Built, build, load_data, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
@@ -104,7 +104,8 @@ class Run:
     if not settings.prompts:
       return None
     examples = self.data.held_out or self.data.train
-    return Answerer(self.built, settings, examples, self.config.seed)
+    prompts = distinct_prompts(examples, settings.prompts)
+    return Answerer(self.built, settings, prompts, self.config.seed)
 
   def _plan_training(self) -> Plan:
     t, mesh = self.config.train, self.built.mesh

@@ -81,9 +81,7 @@ def make_sampler(
       return (logits, cache, done), (token, logp, counted)
 
     none = jnp.zeros(rows, bool)
-    _, out = jax.lax.scan(
-      one_token, (logits, cache, none), jnp.arange(length)
-    )
+    _, out = jax.lax.scan(one_token, (logits, cache, none), jnp.arange(length))
     tokens, logps, counted = (jnp.swapaxes(x, 0, 1) for x in out)
     return tokens, logps, counted.sum(axis=1)
 

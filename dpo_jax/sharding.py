@@ -6,13 +6,11 @@ over data and fsdp together, so a pair never crosses devices.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import ConfigError

@@ -10,7 +10,7 @@ import grain
 import jax
 
 from dpo_jax import losses, metrics, sharding
-from dpo_jax.answers import Answerer, sample_rows
+from dpo_jax.answers import sample_rows
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.errors import CheckpointError, UserError

@@ -12,13 +12,13 @@ from dpo_jax.errors import ConfigError
 class Workdir:
   """Paths of a run's files.
 
-      config.json     every setting
-      metrics.jsonl   one row per logged step and per evaluation
-      checkpoints/    orbax; what a stopped run continues from
-      samples.jsonl   answers before and after
-      summary.json    what came out, with counts of dropped data
-      report.html     the same to look at
-      model/          the trained model as a Hugging Face folder
+  config.json     every setting
+  metrics.jsonl   one row per logged step and per evaluation
+  checkpoints/    orbax; what a stopped run continues from
+  samples.jsonl   answers before and after
+  summary.json    what came out, with counts of dropped data
+  report.html     the same to look at
+  model/          the trained model as a Hugging Face folder
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -63,9 +63,7 @@ class Workdir:
         {"config": config.to_dict(), "identity": config.identity()},
       )
     except OSError as e:
-      raise ConfigError(
-        f"work directory {self.path}: {e.strerror or e}"
-      ) from e
+      raise ConfigError(f"work directory {self.path}: {e.strerror or e}") from e
 
   def write_json(self, path: pathlib.Path, value: Any) -> None:
     self.write_text(path, json.dumps(value, indent=2, default=str) + "\n")

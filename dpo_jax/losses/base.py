@@ -178,9 +178,7 @@ def register(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
   @functools.wraps(function)
   def promoted(*args, **kwargs):
     args = [_promote(x) for x in args]
-    kwargs = {
-      k: _promote(x) if k in INPUTS else x for k, x in kwargs.items()
-    }
+    kwargs = {k: _promote(x) if k in INPUTS else x for k, x in kwargs.items()}
     return function(*args, **kwargs)
 
   known = _REGISTRY.get(name)

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+IMPLEMENTATIONS = ("blockwise", "dense")
 _MASKED = -1e30  # finite: a row of it stays finite under softmax
 
 
@@ -47,16 +48,15 @@ def attention(
   Raises:
     ValueError: unknown implementation.
   """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r} should be one of {IMPLEMENTATIONS}"
+    )
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   attend = functools.partial(_attend, scale=scale)
   if implementation == "dense" or q.shape[1] <= block:
     return attend(q, k, v, key_start, key_end)
-  if implementation == "blockwise":
-    return _blockwise(attend, q, k, v, key_start, key_end, block)
-  raise ValueError(
-    f"attention implementation {implementation!r} should be 'blockwise' or"
-    " 'dense'"
-  )
+  return _blockwise(attend, q, k, v, key_start, key_end, block)
 
 
 def _attend(q, k, v, key_start, key_end, *, scale):

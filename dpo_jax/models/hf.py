@@ -180,9 +180,7 @@ def _compare(path, leaves, names, files) -> None:
   }
   # Some writers store buffers, or the tied output embedding, once more.
   harmless = {names["unembed"]}
-  extra = {
-    n for n in set(files) - wanted - harmless if "rotary_emb" not in n
-  }
+  extra = {n for n in set(files) - wanted - harmless if "rotary_emb" not in n}
   missing = wanted - set(files)
   if missing or extra:
     raise CheckpointError(

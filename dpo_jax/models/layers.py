@@ -134,9 +134,7 @@ class GatedMLP(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     def project(name, n, m):
-      return Projection(
-        (n,), (m,), self.use_bias, self.param_dtype, name=name
-      )
+      return Projection((n,), (m,), self.use_bias, self.param_dtype, name=name)
 
     gate = project("gate", self.width, self.ffn)(x)
     up = project("up", self.width, self.ffn)(x)

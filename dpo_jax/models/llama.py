@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.layers import GatedMLP, RMSNorm, SelfAttention
 from dpo_jax.models.rope import (
   RopeScaling,
@@ -69,6 +70,10 @@ class Compute:
   def __post_init__(self):
     if self.remat not in REMAT:
       raise ValueError(f"remat={self.remat!r} should be one of {REMAT}")
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(
+        f"attention={self.attention!r} should be one of {IMPLEMENTATIONS}"
+      )
 
 
 class Block(nn.Module):

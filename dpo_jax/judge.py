@@ -1,0 +1,99 @@
+"""Judges a checkpoint against its reference on preference data."""
+
+import dataclasses
+from typing import Any
+
+from dpo_jax import evaluate, sharding
+from dpo_jax.answers import Answerer, distinct_prompts
+from dpo_jax.build import build, load_data, load_variables
+from dpo_jax.config import Config
+from dpo_jax.data.plan import Plan
+from dpo_jax.errors import ConfigError
+
+
+def judge(config: Config) -> dict[str, Any]:
+  """Scores all examples of `config.data.source` once.
+
+  Args:
+    config: `model.path` is judged; `reference.path` is what its log-ratios are
+      taken against (needed by a loss that reads a reference); `data.eval_rows`
+      limits the rows; `sample` says how many answers estimate the KL.
+
+  Returns:
+    {"loss", "examples", "metrics", "subsets", "kl"}: means over all examples,
+    the same accuracy by subset with 95 % intervals, and KL(policy ||
+    reference) in nats per response with its standard error.
+
+  Raises:
+    UserError: one line for what is missing or does not fit.
+  """
+  if not config.model.path:
+    raise ConfigError("config.model.path is empty; name the model to judge")
+  loss = config.make_loss()
+  if loss.needs_reference and not config.reference.path:
+    raise ConfigError(
+      f"loss {loss.name!r} compares with a reference; name what the policy"
+      " started from in config.reference.path"
+    )
+  limit = config.data.eval_rows
+  data = dataclasses.replace(config.data, eval_rows=0, eval_source="")
+  built = build(config)
+  examples = load_data(
+    dataclasses.replace(config, data=data), built, loss.kind, limit
+  ).train
+  plan = Plan(
+    examples,
+    batch_size=config.train.eval_batch_size or config.train.batch_size,
+    shuffle=False,
+    row_length=config.data.row_length,
+    rows_multiple=sharding.batch_shards(built.mesh),
+    scored_multiple=8 * built.mesh.shape["tensor"],
+  )
+  policy = load_variables(config, built)
+  reference = None
+  if config.reference.path:
+    reference = load_variables(config, built, config.reference.path)
+  evaluator = evaluate.make_evaluator(built.score, loss, built.mesh)
+  result = evaluator(policy, reference, plan)
+  kl = None
+  if reference is not None and config.sample.prompts:
+    prompts = distinct_prompts(examples, config.sample.prompts)
+    answerer = Answerer(built, config.sample, prompts, config.seed)
+    kl = answerer.kl(policy, reference, answerer(policy).sampled)
+  subsets = {}
+  if loss.kind == "paired":
+    subsets = evaluate.by_subset(result, examples)
+  return {
+    "model": config.model.path,
+    "reference": config.reference.path or None,
+    "source": config.data.source,
+    "loss": loss.name,
+    "options": dict(loss.options),
+    "examples": len(examples),
+    "metrics": result.means,
+    "subsets": subsets,
+    "kl": kl,
+    "data": examples.report,
+  }
+
+
+def render(result: dict[str, Any]) -> str:
+  """The result of `judge` as lines to read."""
+  lines = [
+    f"{result['model']} against {result['reference'] or 'no reference'}:"
+    f" {result['examples']} examples of {result['source']}",
+  ]
+  lines += [f"  {k:20s} {v:10.4f}" for k, v in result["metrics"].items()]
+  if result["kl"]:
+    kl = result["kl"]
+    lines.append(
+      f"  {'KL, nats a response':20s} {kl['mean']:10.4f} +- "
+      f"{kl['standard_error']:.4f}"
+    )
+  for name, row in result["subsets"].items():
+    low, high = row["interval"]
+    lines.append(
+      f"  {name:20s} accuracy {row['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
+      f"  log-ratio margin {row['logratio_margin']:.4f}  n={row['examples']}"
+    )
+  return "\n".join(lines)

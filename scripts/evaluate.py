@@ -1,0 +1,33 @@
+"""Reward accuracy, margins and KL of a checkpoint on any file of pairs.
+
+  python scripts/evaluate.py --config=configs/dpo.py \
+    --config.model.path=runs/dpo/model --config.reference.path=MODEL \
+    --config.data.source=PAIRS.jsonl --output=evaluation.json
+
+The reference is what the policy started from. Where rows have a `subset`
+field, each subset gets its own row, with a 95 % interval. `--config.loss.*`
+sets the loss and the beta of the rewards.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from dpo_jax import main
+
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well.")
+
+
+def _main(config):
+  from dpo_jax.judge import judge, render
+
+  result = judge(config)
+  print(render(result))
+  if _OUTPUT.value:
+    path = pathlib.Path(_OUTPUT.value)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main.run(_main)
