@@ -1,0 +1,1 @@
+"""The variants that `scripts/benchmark.py` runs against one another."""
