@@ -1,9 +1,10 @@
 """The command line: flags in, one line out for whatever is wrong."""
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -23,8 +24,6 @@ def run(main: Callable[[Config], None]) -> None:
   Exit status: 0 done or stopped by a signal with its checkpoint saved; 2 bad
   input, with one line on stderr; anything else is a bug and shows a traceback.
   """
-  _set_up_logging()
-
   def guarded(argv):
     if len(argv) > 1:
       raise UserError(
@@ -33,22 +32,29 @@ def run(main: Callable[[Config], None]) -> None:
       )
     main(_read_config())
 
-  try:
+  with guard():
     app.run(guarded, flags_parser=_parse)
-  except UserError as e:
-    _say(e)
 
 
-def _set_up_logging() -> None:
-  """Plain lines on stderr; libraries speak up from warnings on."""
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+  """Sets up logging; a `UserError` becomes one line on stderr and status 2."""
   handler = logging.StreamHandler(sys.stderr)
   handler.setFormatter(logging.Formatter("%(message)s"))
   log = logging.getLogger("dpo_jax")
-  log.addHandler(handler)
+  log.handlers = [handler]
   log.setLevel(logging.INFO)
   log.propagate = False
   absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.set_stderrthreshold("warning")
+  try:
+    yield
+  except UserError as e:
+    print(f"error: {_one_line(e)}", file=sys.stderr)
+    sys.exit(2)
+  except BrokenPipeError:  # `| head` has seen enough
+    sys.stderr.close()
+    sys.exit(0)
 
 
 def _read_config() -> Config:
@@ -88,8 +94,3 @@ def _one_line(error: BaseException) -> str:
     # ml_collections passes on whole tracebacks; their last line is the error.
     text = text.strip().splitlines()[-1].partition("Error: ")[2]
   return re.sub(r"\s+", " ", text).strip()
-
-
-def _say(error: UserError) -> None:
-  print(f"error: {_one_line(error)}", file=sys.stderr)
-  sys.exit(2)

@@ -126,7 +126,11 @@ class Plan:
   def fill(self) -> float:
     """Share of row tokens, over all steps, that are not padding."""
     used = sum(self._costs(self.members(s))[0].sum() for s in range(len(self)))
-    return float(used / (self._row_count.sum() * self.shape.tokens))
+    return float(used / self.row_tokens())
+
+  def row_tokens(self) -> int:
+    """Tokens through the layers over all steps, padding included."""
+    return int(self._row_count.sum()) * self.shape.tokens
 
   def _others(self, members: np.ndarray) -> np.ndarray:
     """Whose completion each member is mismatched with: the one before it."""

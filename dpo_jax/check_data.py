@@ -1,0 +1,125 @@
+"""A look at encoded data: counts, lengths, packing, and one row."""
+
+import os
+
+import numpy as np
+
+from dpo_jax.config import Config
+from dpo_jax.data.encode import EncodeSettings
+from dpo_jax.data.plan import Plan
+from dpo_jax.data.store import Examples, load_examples
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.dry_run import render_row
+from dpo_jax.errors import ConfigError
+
+_PERCENTILES = (0, 25, 50, 75, 95, 99, 100)
+
+
+def check(config: Config, *, visible: bool = False) -> str:
+  """Reads `config.data.source` as training would and describes it.
+
+  Args:
+    config: tokenizer, data, loss (its kind of data) and batch size.
+    visible: draw which tokens of row 0 see which.
+
+  Raises:
+    UserError: one line for what is missing or does not fit.
+  """
+  d, loss = config.data, config.make_loss()
+  if not d.source:
+    raise ConfigError("config.data.source is empty; name a file or TFDS folder")
+  tokenizer = load_tokenizer(
+    config.model.tokenizer or config.model.path or "bytes"
+  )
+  settings = EncodeSettings(
+    d.max_length, d.max_prompt_length, loss.kind, d.on_bad_row
+  )
+  cache = os.path.expanduser(d.cache_dir)
+  examples = load_examples(d.source, d.split, tokenizer, settings, cache)
+  plan = Plan(
+    examples,
+    batch_size=config.train.batch_size,
+    steps=max(1, len(examples) // config.train.batch_size),
+    seed=config.seed,
+    row_length=d.row_length,
+  )
+  batch, _ = plan[0]
+  lines = [
+    *_counts(examples),
+    *_lengths(examples),
+    *_packing(examples, plan),
+    "row 0 of step 0",
+    render_row(batch, 0, tokenizer),
+  ]
+  if visible:
+    lines += ["mask of row 0 (a line a query, # where it sees the key)"]
+    lines += _mask(batch, 0)
+  return "\n".join(lines)
+
+
+def _counts(examples: Examples) -> list[str]:
+  report = examples.report
+  lines = [
+    f"source      {report['source']}",
+    f"format      {examples.format}, used as {examples.kind}",
+    f"rows        {report['rows']} read, {len(examples)} examples",
+  ]
+  for title in ("dropped", "changed"):
+    counts = report[title]
+    lines.append(f"{title:12s}{sum(counts.values())}")
+    for reason, n in sorted(counts.items()):
+      first = report["first_dropped"].get(reason) if title == "dropped" else ""
+      lines.append(f"  {n:6d}  {reason}" + (f", first {first}" if first else ""))
+  if examples.kind == "unpaired":
+    liked = int(examples.desirable.sum())
+    lines.append(f"labels      {liked} liked, {len(examples) - liked} not")
+  names = [n for n in examples.subset_names if n]
+  if names:
+    lines.append(f"subsets     {', '.join(names)}")
+  return lines
+
+
+def _lengths(examples: Examples) -> list[str]:
+  header = "".join(f"{'p' + str(p):>7s}" for p in _PERCENTILES)
+  lines = [f"tokens      {header}"]
+  columns = [("prompt", examples.prompt_lengths)]
+  if examples.kind == "paired":
+    columns.append(("chosen", examples.chosen_lengths))
+    columns.append(("rejected", examples.rejected_lengths))
+  else:
+    columns.append(("response", examples.chosen_lengths))
+  for name, lengths in columns:
+    values = np.percentile(lengths, _PERCENTILES)
+    lines.append(f"  {name:10s}" + "".join(f"{int(v):7d}" for v in values))
+  return lines
+
+
+def _packing(examples: Examples, plan: Plan) -> list[str]:
+  prompt = examples.prompt_lengths.astype(np.int64)
+  first, second = examples.chosen_lengths, examples.rejected_lengths
+  longest = prompt + np.maximum(first, second)
+  branches = 2 if examples.kind == "paired" else 1
+  padded = sum(
+    branches * len(members) * int(longest[members].max())
+    for members in map(plan.members, range(len(plan)))
+  )
+  packed = int(plan.row_tokens())
+  return [
+    f"packing     rows of {plan.shape.tokens} tokens,"
+    f" {'/'.join(map(str, plan.row_counts))} rows for {plan.batch_size}"
+    f" examples, {plan.fill():.1%} filled",
+    f"            {packed / padded:.2f} of the tokens that padded, separate"
+    " sequences would take",
+  ]
+
+
+def _mask(batch, row: int) -> list[str]:
+  used = int((batch.key_end[row] > 0).sum())
+  keys = np.arange(used)
+  return [
+    "".join(
+      "#" if batch.key_start[row, i] <= k < batch.key_end[row, i] else "."
+      for k in keys
+    )
+    for i in range(used)
+  ]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the tests; further arguments go to pytest. With
+# `--parity` first, runs the comparisons with torch, transformers and TRL.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+install requirements-test.txt
+group="not parity"
+if [ "${1:-}" = "--parity" ]; then
+  shift
+  install requirements-parity.txt
+  group="parity"
+fi
+exec "$venv/bin/python" -m pytest -m "$group" "$@"
