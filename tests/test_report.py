@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from dpo_jax.errors import DataError
-from dpo_jax.report import MAX_SAMPLES, REASONS, write_report
+from dpo_jax.report import write_report
+from dpo_jax.report.page import MAX_SAMPLES
+from dpo_jax.report.reasons import REASONS
 from dpo_jax.writers import MetricsWriter
 
 BEFORE = {
@@ -17,6 +19,8 @@ BEFORE = {
   "rewards/margins": 0.0,
   "logps/chosen": -140.0,
   "logps/rejected": -150.0,
+  "rewards/chosen": 0.0,
+  "rewards/rejected": 0.0,
 }
 AFTER = {
   "loss": 0.412,
@@ -24,6 +28,8 @@ AFTER = {
   "rewards/margins": 1.25,
   "logps/chosen": -152.0,
   "logps/rejected": -180.0,
+  "rewards/chosen": -1.25,
+  "rewards/rejected": -2.5,
 }
 DISPLACEMENT = "likelihood displacement"
 
@@ -62,6 +68,12 @@ def write_metrics(directory, steps=30, split="train", **at_end):
       writer.write(step, split, values)
 
 
+def write_evals(directory, before, after):
+  with MetricsWriter(directory) as writer:
+    writer.write(0, "eval", before)
+    writer.write(30, "eval", after)
+
+
 def page(directory, summary=None, samples=None):
   if summary is not None:
     (directory / "summary.json").write_text(json.dumps(summary))
@@ -77,30 +89,29 @@ def page(directory, summary=None, samples=None):
 
 
 def test_the_headline_says_what_changed_in_words_and_numbers(tmp_path):
-  write_metrics(tmp_path)
+  write_evals(tmp_path, BEFORE, AFTER)
   text = page(
     tmp_path,
     {
       "method": "dpo",
       "model": "tiny",
-      "initial_eval": BEFORE,
-      "final_eval": AFTER,
+      "eval_examples": 2000,
       "true_reward": {"before": 0.1, "after": 0.75},
       "kl_to_reference": 14.27,
+      "kl_standard_error": 0.35,
     },
   ).text
   assert "DPO: tiny" in text
-  assert "loss fell from 0.693 to 0.412" in text
+  assert "On 2,000 held-out examples, loss fell from 0.693 to 0.412" in text
   assert "accuracy rose from 0.500 to 0.812" in text
   assert "margin rose from 0 to 1.25" in text
   assert "true reward of sampled responses rose from 0.100 to 0.750" in text
-  assert "14.3 nats per response" in text
+  assert "14.27 ± 0.35 nats per response" in text
 
 
 def test_a_worse_number_is_called_worse(tmp_path):
-  write_metrics(tmp_path)
-  worse = {"initial_eval": {"loss": 0.4}, "final_eval": {"loss": 0.6}}
-  text = page(tmp_path, worse).text
+  write_evals(tmp_path, {"loss": 0.4}, {"loss": 0.6})
+  text = page(tmp_path).text
   assert "loss rose from 0.400 to 0.600" in text
   assert "+0.200, worse" in text
   assert "better" not in text.split("Curves")[0]
@@ -109,11 +120,10 @@ def test_a_worse_number_is_called_worse(tmp_path):
 def test_displacement_is_explained_when_chosen_fell_and_accuracy_rose(
   tmp_path,
 ):
-  write_metrics(tmp_path)
-  summary = {"initial_eval": BEFORE, "final_eval": AFTER}
-  text = page(tmp_path, summary).text
+  write_evals(tmp_path, BEFORE, AFTER)
+  text = page(tmp_path).text
   assert DISPLACEMENT in text
-  assert "−140.0 to −152.0" in text
+  assert "chosen fell from −140.0 to −152.0" in text
   assert "SFT term" in text
 
 
@@ -128,21 +138,22 @@ def test_displacement_is_explained_when_chosen_fell_and_accuracy_rose(
   ],
 )
 def test_displacement_is_not_mentioned_otherwise(tmp_path, change):
-  write_metrics(tmp_path, **change)
-  summary = {"initial_eval": BEFORE, "final_eval": AFTER | change}
-  assert DISPLACEMENT not in page(tmp_path, summary).text
+  write_evals(tmp_path, BEFORE, AFTER | change)
+  assert DISPLACEMENT not in page(tmp_path).text
 
 
 @pytest.mark.parametrize(
   ("split", "change"),
   [("eval", "0.684 to 0.412"), ("train", "0.674 to 0.421")],
 )
-def test_without_a_summary_the_rows_themselves_tell_the_change(
+def test_without_evaluations_the_training_rows_tell_the_change(
   tmp_path, split, change
 ):
   write_metrics(tmp_path, split=split)
   text = page(tmp_path).text
   assert DISPLACEMENT in text
+  measure = "log-probability" if split == "eval" else "reward"
+  assert f"The chosen {measure} fell" in text
   assert f"loss fell from {change}" in text
   assert ("No held-out evaluation" in text) == (split == "train")
 
@@ -150,12 +161,9 @@ def test_without_a_summary_the_rows_themselves_tell_the_change(
 def test_over_optimisation_and_late_overfitting_are_pointed_out(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     for step, loss in ((0, 0.69), (10, 0.4), (20, 0.55)):
-      writer.write(step, "eval", {"loss": loss, "rewards/accuracies": loss})
-  summary = {
-    "initial_eval": BEFORE,
-    "final_eval": AFTER,
-    "true_reward": {"before": 0.5, "after": 0.2},
-  }
+      values = {"loss": loss, "rewards/accuracies": 0.5 + step / 100}
+      writer.write(step, "eval", values)
+  summary = {"true_reward": {"before": 0.5, "after": 0.2}}
   text = page(tmp_path, summary).text
   assert "Accuracy rose but the true reward fell" in text
   assert "lowest at step 10" in text
@@ -232,13 +240,13 @@ def test_control_characters_and_lone_surrogates_are_shown_not_obeyed(tmp_path):
   assert "(empty)" in text.text
 
 
-def test_samples_are_the_latest_twenty_with_their_rewards(tmp_path):
+def test_the_first_twenty_samples_are_shown_with_their_rewards(tmp_path):
   write_metrics(tmp_path)
   samples = [
     {
       "step": step,
       "prompt": f"prompt {step}.",
-      "before": "x" * 9000,
+      "before": "a",
       "after": "b",
       "reward_before": -0.25,
       "reward_after": None,
@@ -247,11 +255,10 @@ def test_samples_are_the_latest_twenty_with_their_rewards(tmp_path):
   ]
   text = page(tmp_path, {}, samples).text
   assert text.count("prompt ") == MAX_SAMPLES
-  assert "prompt 29." in text
-  assert "prompt 9." not in text
-  assert "latest 20 of 30" in text
+  assert "prompt 19." in text
+  assert "prompt 20." not in text
+  assert "first 20 of 30" in text
   assert "Before, reward −0.250" in text
-  assert "3,000 more characters" in text
 
 
 def test_each_reason_for_dropping_or_changing_data_is_explained(tmp_path):
@@ -269,8 +276,19 @@ def test_each_reason_for_dropping_or_changing_data_is_explained(tmp_path):
 def test_clean_data_is_said_to_be_clean(tmp_path):
   write_metrics(tmp_path)
   dataset = {"source": "a.jsonl", "dropped": {"empty_prompt": 0}}
-  text = page(tmp_path, {"dataset": dataset}).text
+  text = page(tmp_path, {"dataset": dataset, "eval_examples": 200}).text
   assert "No row was dropped or changed" in text
+  assert "Held out200 of these" in text
+
+
+def test_settings_and_packing_are_told(tmp_path):
+  write_metrics(tmp_path)
+  summary = {"loss": {"beta": 0.1, "average": True}, "parameters": 587_008}
+  summary |= {"steps": 1200, "batch_size": 64, "wall_seconds": 136.5}
+  text = page(tmp_path, summary | {"row_tokens": 4096, "fill": 0.7691}).text
+  assert "beta 0.1 · average true · 587,008 parameters" in text
+  assert "1,200 steps of 64 examples · 2 min 16 s" in text
+  assert "4,096 tokens each, 76.9% filled" in text
 
 
 def test_later_rows_of_a_step_replace_earlier_ones(tmp_path):
@@ -301,10 +319,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     write_report(tmp_path)
   write_metrics(tmp_path)
   (tmp_path / "samples.jsonl").write_text('{"prompt": "p"}\n{"pro')
-  write_report(tmp_path)
-  (tmp_path / "samples.jsonl").write_text('{"pro\n{"prompt": "p"}\n')
-  with pytest.raises(DataError, match=r"samples\.jsonl, line 1"):
+  with pytest.raises(DataError, match=r"samples\.jsonl: not readable"):
     write_report(tmp_path)
   (tmp_path / "summary.json").write_text("{")
-  with pytest.raises(DataError, match=r"summary\.json"):
+  with pytest.raises(DataError, match=r"summary\.json: not readable"):
     write_report(tmp_path)
