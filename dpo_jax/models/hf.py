@@ -5,6 +5,7 @@ tensor at a time. Pickled weights are never read.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -27,6 +28,8 @@ from dpo_jax.errors import CheckpointError
 FAMILIES = {"llama": "dpo_jax.models.llama"}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Others are quantised: read as they stand, they would be another model.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def family(model_type: str) -> types.ModuleType:
@@ -50,15 +53,13 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     CheckpointError: no folder, no config, or one that does not fit the family.
   """
   file = pathlib.Path(path) / "config.json"
+  hf = _read_object(file)
   try:
-    hf = json.loads(file.read_text())
     module = family(hf.get("model_type", "?"))
-    return module, module.config_from_hf(hf)
-  except OSError as e:
-    raise CheckpointError(
-      f"{file}: {e.strerror or e}; expected a Hugging Face checkpoint folder"
-    ) from e
-  except (ValueError, KeyError, TypeError) as e:
+    config = module.config_from_hf(hf)
+    _check_types(config)
+    return module, config
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
     what = f"missing {e}" if isinstance(e, KeyError) else e
     raise CheckpointError(f"{file}: {what}") from e
   except CheckpointError as e:
@@ -129,6 +130,20 @@ def save_checkpoint(
   if writes:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+  try:
+    _write_folder(part, module, config, variables, max_shard_bytes, writes)
+    if writes and save_tokenizer:
+      save_tokenizer(str(part))
+  except BaseException:
+    if writes:
+      shutil.rmtree(part, ignore_errors=True)
+    raise
+  if writes:
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def _write_folder(part, module, config, variables, max_shard_bytes, writes):
   shards, shard, size, dtype = [], {}, 0, "float32"
   for name, tensor in _hf_tensors(module, variables):
     dtype = str(tensor.dtype)
@@ -144,32 +159,59 @@ def save_checkpoint(
   _name_shards(part, shards)
   hf = module.config_to_hf(config) | {"torch_dtype": dtype}
   (part / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-  if save_tokenizer:
-    save_tokenizer(str(part))
-  shutil.rmtree(path, ignore_errors=True)
-  part.rename(path)
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(file.read_text(encoding="utf-8"))
+  except OSError as e:
+    raise CheckpointError(
+      f"{file}: {e.strerror or e}; expected a Hugging Face checkpoint folder"
+    ) from e
+  except (ValueError, RecursionError) as e:
+    raise CheckpointError(f"{file}: not JSON ({e})") from e
+  if not isinstance(value, dict):
+    found = type(value).__name__
+    raise CheckpointError(f"{file}: expected an object, found {found}")
+  return value
+
+
+def _check_types(config: Any) -> None:
+  """JSON holds what it likes; the model needs sizes, factors and switches."""
+  for field in dataclasses.fields(config):
+    value, kind = getattr(config, field.name), field.type
+    if kind is float:
+      fits = type(value) in (int, float) and 0 < value < math.inf
+    else:
+      fits = type(value) is kind and (kind is not int or value > 0)
+    if kind in _EXPECTED and not fits:
+      raise ValueError(f"{field.name}={value!r} should be {_EXPECTED[kind]}")
+
+
+_EXPECTED = {bool: "true or false", int: "a size", float: "above 0"}
 
 
 def _open_files(path, stack) -> dict[str, Any]:
   """Opens all shards: tensor name -> the file that holds it."""
   index = path / _INDEX
+  shards = [_SINGLE]
+  if index.exists():
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+      raise CheckpointError(f"{index}: expected an object 'weight_map'")
+    shards = sorted({*map(str, weight_map.values())})
+    for shard in shards:
+      if os.path.basename(shard) != shard:
+        raise CheckpointError(f"{index}: {shard!r} leaves the folder")
+  files = {}
   try:
-    if index.exists():
-      weight_map = json.loads(index.read_text())["weight_map"]
-      shards = sorted(set(weight_map.values()))
-      for shard in shards:
-        if os.path.basename(shard) != shard:
-          raise CheckpointError(f"{index}: {shard!r} leaves the folder")
-    else:
-      shards = [_SINGLE]
-    files = {}
     for shard in shards:
       opened = stack.enter_context(
         safetensors.safe_open(path / shard, framework="numpy")
       )
       files |= dict.fromkeys(opened.keys(), opened)
     return files
-  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
+  except (OSError, ValueError, safetensors.SafetensorError) as e:
     raise CheckpointError(f"{path}: cannot read weights: {e}") from e
 
 
@@ -200,6 +242,11 @@ def _reader(path, ours, name, leaf, files):
   one = leaf.shape[1:] if stacked else leaf.shape
 
   def tensor(name):
+    kind = files[name].get_slice(name).get_dtype()
+    if kind not in _FLOATS:
+      raise CheckpointError(
+        f"{path}: {name} is of type {kind}, expected one of {_FLOATS}"
+      )
     array = files[name].get_tensor(name)
     expected = _hf_shape(ours, one)
     if array.shape != expected:
