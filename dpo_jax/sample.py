@@ -105,13 +105,13 @@ def _choose(logits, key, temperature, top_k, top_p):
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature
   if top_k:
-    kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1:
     ordered = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    kept = jnp.where(before < top_p, ordered, jnp.inf)
+    kept = jnp.where(before < top_p, ordered, ordered[:, :1])
     logits = jnp.where(
       logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits
     )
