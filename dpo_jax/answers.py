@@ -145,8 +145,11 @@ def load_reward(name: str) -> Reward:
   """
   module, _, function = name.partition(":")
   try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError, ValueError) as e:
+    reward = getattr(importlib.import_module(module), function)
+    if not callable(reward):
+      raise TypeError(f"{reward!r} cannot be called")
+    return reward
+  except (ImportError, AttributeError, ValueError, TypeError) as e:
     raise ConfigError(
       f"config.sample.reward={name!r}: {e}; expected 'module:function' taking"
       " a prompt and a response"

@@ -75,12 +75,15 @@ def score_examples(
   return logps
 
 
-def by_subset(evaluation: Evaluation, examples: Any) -> dict[str, Any]:
+def by_subset(
+  evaluation: Evaluation, examples: Any, loss: losses.Loss
+) -> dict[str, Any]:
   """Reward accuracy per subset with a 95 % interval, ties counted one half.
 
   Args:
-    evaluation: of paired data, with a reference.
+    evaluation: of paired data.
     examples: the data it was made from (`store.Examples`).
+    loss: says what a reward is; ORPO's, say, is a mean over tokens.
 
   Returns:
     By subset: {"examples", "accuracy", "interval", "logratio_margin"}; the
@@ -90,7 +93,16 @@ def by_subset(evaluation: Evaluation, examples: Any) -> dict[str, Any]:
     0 if evaluation.reference is None else evaluation.reference
   )
   margins = logratios[:, 0] - logratios[:, 1]
-  hits = 0.5 * (1 + np.sign(margins))
+  inputs = {
+    "chosen_lengths": examples.chosen_lengths,
+    "rejected_lengths": examples.rejected_lengths,
+  }
+  for model in ("policy", "reference"):
+    logps = getattr(evaluation, model)
+    if logps is not None:
+      inputs[f"{model}_chosen_logps"] = logps[:, 0]
+      inputs[f"{model}_rejected_logps"] = logps[:, 1]
+  hits = np.asarray(loss(**inputs).metrics["rewards/accuracies"])
   out = {}
   for i, name in enumerate(examples.subset_names):
     mine = examples.subsets == i

@@ -62,7 +62,7 @@ def judge(config: Config) -> dict[str, Any]:
     kl = answerer.kl(policy, reference, answerer(policy).sampled)
   subsets = {}
   if loss.kind == "paired":
-    subsets = evaluate.by_subset(result, examples)
+    subsets = evaluate.by_subset(result, examples, loss)
   return {
     "model": config.model.path,
     "reference": config.reference.path or None,
