@@ -41,6 +41,7 @@ class Checkpoints:
       CheckpointError: nothing was saved, because the step is there already or
         because writing failed (also when an earlier write failed meanwhile).
     """
+    meta = meta | {"arrays": _describe(state)}
     try:
       saved = self._manager.save(
         step,
@@ -66,7 +67,7 @@ class Checkpoints:
     Raises:
       CheckpointError: damaged, or of another shape or dtype.
     """
-    self._check_dtypes(step, abstract)
+    self._check_arrays(step, abstract)
     args = ocp.args.StandardRestore(abstract)
     return self._restore(step, state=args)["state"]
 
@@ -92,20 +93,30 @@ class Checkpoints:
         f"{self.directory}: step {step} cannot be restored: {reason}"
       ) from e
 
-  def _check_dtypes(self, step, abstract) -> None:
-    """Orbax would cast silently."""
-    saved = self._manager.item_metadata(step)["state"]
-    saved = jax.tree.leaves(saved, is_leaf=lambda x: hasattr(x, "dtype"))
-    wanted, _ = jax.tree_util.tree_flatten_with_path(abstract)
-    if len(saved) != len(wanted):
+  def _check_arrays(self, step, abstract) -> None:
+    """Orbax alone would cast to another dtype silently."""
+    saved, wanted = self.meta(step)["arrays"], _describe(abstract)
+    wrong = [
+      f"{name}: saved {saved.get(name, 'nothing')}, this run has"
+      f" {wanted.get(name, 'nothing')}"
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if wrong:
+      more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
       raise CheckpointError(
-        f"{self.directory}: step {step} holds {len(saved)} arrays, this run"
-        f" has {len(wanted)}; it is of another model or optimizer"
+        f"{self.directory}: step {step} does not fit: "
+        + "; ".join(wrong[:3])
+        + more
       )
-    for have, (path, want) in zip(saved, wanted, strict=True):
-      if have.dtype != want.dtype or tuple(have.shape) != tuple(want.shape):
-        raise CheckpointError(
-          f"{self.directory}: step {step}, {jax.tree_util.keystr(path)}:"
-          f" saved {have.dtype}{list(have.shape)}, this run has"
-          f" {want.dtype}{list(want.shape)}"
-        )
+
+
+def _describe(state: Any) -> dict[str, str]:
+  """Path of each array -> dtype and shape, as in "float32[2, 64]"."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in leaves
+  }

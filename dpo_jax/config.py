@@ -48,6 +48,7 @@ class Data:
   max_length: int = 1024  # tokens of prompt and response together
   max_prompt_length: int = 0  # longer ones lose their beginning; 0: half
   row_length: int = 0  # tokens of a packed row; 0 chooses from the data
+  row_counts: int = 4  # most numbers of rows a batch may have; each compiles
   on_bad_row: str = "drop"  # or "error"
   cache_dir: str = "~/.cache/dpo_jax"  # of encoded data; "" does not keep it
 
@@ -124,6 +125,9 @@ class Config:
   sample: Sample = Sample()
   log: Log = Log()
 
+  def __post_init__(self):
+    _check_ranges(self)
+
   def make_loss(self) -> losses.Loss:
     """The loss with its hyper-parameters.
 
@@ -133,7 +137,7 @@ class Config:
     options = {k: v for k, v in self.loss.items() if v is not None}
     try:
       return losses.make(**options)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
       raise ConfigError(f"config.loss: {e}") from e
 
   def to_dict(self) -> dict[str, Any]:
@@ -160,6 +164,27 @@ _HARMLESS = (
 )  # fmt: skip
 
 
+# No number but a mesh's is negative; these count something there is at least
+# one of, and those are shares.
+_COUNTS = (
+  "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
+  "model.head_tile", "train.batch_size", "train.microbatches",
+  "train.keep_checkpoints", "sample.max_tokens",
+)  # fmt: skip
+_SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
+           "sample.top_p")  # fmt: skip
+
+
+def _check_ranges(config: Config) -> None:
+  for key, value in flatten(config.to_dict()).items():
+    if type(value) not in (int, float) or key.startswith(("mesh.", "loss.")):
+      continue
+    low = 1 if key in _COUNTS else 0
+    high = 1 if key in _SHARES else 2**32 - 1
+    if not low <= value <= high:  # NaN neither
+      raise ConfigError(f"config.{key}={value} should lie in [{low}, {high}]")
+
+
 def from_dict(values: dict[str, Any]) -> Config:
   """Builds the typed form, checking every name and type.
 
@@ -173,10 +198,13 @@ def from_dict(values: dict[str, Any]) -> Config:
   for key, value in values.items():
     _check_known(key, sections, "config")
     default = getattr(known, key)
-    if dataclasses.is_dataclass(default):
-      built[key] = _section(key, type(default), value)
-    else:
-      built[key] = dict(value) if isinstance(default, dict) else value
+    section = dataclasses.is_dataclass(default)
+    wanted = dict if section else type(default)
+    if type(value) is not wanted:
+      raise ConfigError(
+        f"config.{key}={value!r} should be of type {wanted.__name__}"
+      )
+    built[key] = _section(key, type(default), value) if section else value
   return Config(**built)
 
 
@@ -203,6 +231,7 @@ def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:
 
 def _section(name, cls, values):
   fields = {f.name: f for f in dataclasses.fields(cls)}
+  values = dict(values)
   for key, value in values.items():
     _check_known(key, fields, f"config.{name}")
     wanted = fields[key].type
@@ -211,6 +240,7 @@ def _section(name, cls, values):
       raise ConfigError(
         f"config.{name}.{key}={value!r} should be of type {wanted.__name__}"
       )
+    values[key] = wanted(value)
   return cls(**values)
 
 

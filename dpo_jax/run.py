@@ -67,12 +67,19 @@ class Run:
     zero = jax.device_put(jnp.int32(0), shardings.step)
     return TrainState(zero, params, init(params), zero + 0)
 
-  def load_reference(self) -> Any | None:
-    """Variables of the reference; None if the loss reads none. Never the
-    policy's own buffers, which the step donates."""
+  def load_reference(self, start: Any) -> Any | None:
+    """Variables of the reference; None if the loss reads none.
+
+    Args:
+      start: the policy's weights before any step, which are the reference
+        unless another is named. They are copied: the step donates its own.
+    """
     if not self.loss.needs_reference:
       return None
-    return load_variables(self.config, self.built, self.config.reference.path)
+    path = self.config.reference.path
+    if path and path != self.config.model.path:
+      return load_variables(self.config, self.built, path)
+    return jax.tree.map(jnp.copy, start)
 
   def identity(self) -> dict[str, Any]:
     """What a checkpoint must agree in, beside the config, to be continued."""
@@ -131,6 +138,7 @@ class Run:
       "shuffle": False,
       "rows_multiple": sharding.batch_shards(mesh),
       "row_length": self.config.data.row_length,
+      "row_counts": self.config.data.row_counts,
       "scored_multiple": 8 * mesh.shape["tensor"],
     } | options
     return Plan(examples, batch_size=batch_size, **options)

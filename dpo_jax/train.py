@@ -49,10 +49,10 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       _LOG.info("%s: complete, nothing to do", place.path)
       return place.read_summary()
     state, log = run.first_state(), StepLog(run)
+    reference = run.load_reference(state.params)
     if start:
       state, earlier = _continue(saved, start, run, log)
       begun -= earlier
-    reference = run.load_reference()
     if config.reference.precompute and run.loss.needs_reference:
       run.precompute(reference)
     answerer = run.answerer()
@@ -92,7 +92,8 @@ def _loop(run, state, reference, start, saved, log, begun):
     }  # fmt: skip
     saved.save(step, state, meta)
 
-  evaluate(start)
+  if start == 0 or _due(start, t.eval_every):
+    evaluate(start)
   previous = None
   with (
     StopSignal() as stop,

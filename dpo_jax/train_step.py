@@ -75,7 +75,7 @@ def train_step(
   )  # fmt: skip
   count = jnp.maximum(sums["loss"].count, 1.0)
   grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total)
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

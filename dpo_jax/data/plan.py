@@ -23,7 +23,6 @@ from dpo_jax.data.pack import (
 from dpo_jax.errors import ConfigError
 
 _LOG = logging.getLogger("dpo_jax")
-_MAX_SHAPES = 4  # batches of different row counts, each compiled once
 _MAX_EXAMPLES = 64  # a row
 _SAMPLE = 32  # steps looked at to choose the shape of a row
 
@@ -53,6 +52,7 @@ class Plan:
     row_length: int = 0,
     rows_multiple: int = 1,
     scored_multiple: int = 8,
+    row_counts: int = 4,
     reference_logps: np.ndarray | None = None,
   ):
     """Plans all steps; cost is that of packing lengths, no token is read.
@@ -68,6 +68,8 @@ class Plan:
       rows_multiple: rows of a batch are a multiple of this (devices that share
         the batch, times microbatches).
       scored_multiple: likewise for scored tokens a row.
+      row_counts: most different numbers of rows that batches may have; each is
+        a shape to compile.
       reference_logps: f32[N 2] to hand out with the batches.
 
     Raises:
@@ -91,7 +93,7 @@ class Plan:
       [len(self._rows(s)) for s in range(self._steps)], np.int64
     )
     needed = -(-needed // rows_multiple) * rows_multiple
-    self.row_counts = _few_levels(needed)
+    self.row_counts = _few_levels(needed, row_counts)
     self._row_count = self.row_counts[np.searchsorted(self.row_counts, needed)]
 
   def __len__(self) -> int:
@@ -213,12 +215,12 @@ def _round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
-def _few_levels(needed: np.ndarray) -> np.ndarray:
-  """At most `_MAX_SHAPES` row counts, sorted, that cover all needed ones."""
+def _few_levels(needed: np.ndarray, most: int) -> np.ndarray:
+  """At most `most` row counts, sorted, that cover all needed ones."""
   levels = np.unique(needed)
-  if len(levels) <= _MAX_SHAPES:
+  if len(levels) <= most:
     return levels
-  quantiles = np.linspace(0, 1, _MAX_SHAPES + 1)[1:]
+  quantiles = np.linspace(0, 1, most + 1)[1:]
   return np.unique(np.quantile(needed, quantiles, method="higher"))
 
 

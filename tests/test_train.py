@@ -1,0 +1,276 @@
+"""Whole runs: what they leave behind, and what stopping them changes."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dpo_jax import checkpoint
+from dpo_jax import train as train_module
+from dpo_jax.config import from_dict
+from dpo_jax.config_file import defaults
+from dpo_jax.data.corpus import write_corpus
+from dpo_jax.errors import CheckpointError, ConfigError, UserError
+from dpo_jax.models import hf
+from dpo_jax.run import Run
+from dpo_jax.train import Stopped, train
+from dpo_jax.writers import read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  """Most runs here compile the same programs."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=48)
+
+
+def _config(corpus, loss="dpo", **changes):
+  config = defaults(loss=loss)
+  config.model.tokenizer = "bytes"
+  config.model.width = 16
+  config.model.layers = 2
+  config.model.heads = 2
+  config.model.kv_heads = 1
+  config.model.ffn = 32
+  config.data.source = str(corpus["sft" if loss == "sft" else "pairs"])
+  config.data.eval_rows = 10
+  config.data.cache_dir = ""
+  config.data.row_length = 512  # one row a batch: one shape to compile
+  config.optim.learning_rate = 1e-2
+  config.train.batch_size = 4
+  config.train.steps = STEPS
+  config.train.log_every = 2
+  config.train.eval_every = 3
+  config.train.checkpoint_every = 2
+  config.sample.prompts = 2
+  config.sample.max_tokens = 4
+  config.update_from_flattened_dict(changes)
+  return from_dict(config.to_dict())
+
+
+def _rows(workdir):
+  """Metrics rows without what depends on the clock."""
+  return [
+    {k: v for k, v in row.items() if not k.endswith("per_second")}
+    for row in read_metrics(workdir / "metrics.jsonl")
+  ]
+
+
+def _stop_after(monkeypatch, stop):
+  """Sends SIGTERM to this process when the given step is about to run."""
+  real = train_module._batches
+
+  def batches(run, start):
+    for step, batch, tokens in real(run, start):
+      if step == stop:
+        signal.raise_signal(signal.SIGTERM)
+      yield step, batch, tokens
+
+  monkeypatch.setattr(train_module, "_batches", batches)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  return train(_config(corpus), workdir), workdir
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+  summary, workdir = finished
+  names = {path.name for path in workdir.iterdir()}
+  assert names == {
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "model",
+    "report.html",
+    "samples.jsonl",
+    "summary.json",
+  }
+  assert json.loads((workdir / "summary.json").read_text()) == json.loads(
+    json.dumps(summary)
+  )
+  assert summary["final_eval"]["loss"] != summary["initial_eval"]["loss"]
+  sample = json.loads((workdir / "samples.jsonl").read_text().split("\n")[0])
+  assert {"prompt", "before", "after"} <= sample.keys()
+
+
+def test_dpo_starts_at_log_two_exactly_and_accuracy_one_half(finished):
+  summary, _ = finished
+  assert summary["initial_eval"]["loss"] == np.float32(np.log(2))
+  assert summary["initial_eval"]["rewards/accuracies"] == 0.5
+
+
+def test_the_exported_model_is_the_trained_one(corpus, finished):
+  _, workdir = finished
+  config = _config(corpus)
+  run = Run(config)
+  with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
+    state = saved.restore(STEPS, run.abstract_state)
+  again = hf.load_variables(
+    workdir / "model", run.built.family.HF_NAMES, run.built.abstract
+  )
+  jax.tree.map(np.testing.assert_array_equal, state.params, again)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_run_continues_to_the_same_numbers(
+  corpus, finished, tmp_path, monkeypatch, stop
+):
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, stop)
+    with pytest.raises(Stopped, match=f"step {stop}"):
+      train(_config(corpus), workdir)
+  assert not (workdir / "summary.json").exists()
+  train(_config(corpus), workdir)
+  assert _rows(workdir) == _rows(finished[1])
+  for name in ("model.safetensors", "config.json"):
+    ours = (workdir / "model" / name).read_bytes()
+    assert ours == (finished[1] / "model" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(corpus, finished, monkeypatch):
+  summary, workdir = finished
+  monkeypatch.setattr(train_module, "finish", pytest.fail)
+  assert train(_config(corpus), workdir)["steps"] == summary["steps"]
+
+
+def test_settings_that_change_no_number_may_change_on_the_way(
+  corpus, finished, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(Stopped):
+      train(_config(corpus), workdir)
+  train(
+    _config(corpus, **{"train.microbatches": 2, "model.remat": "block"}),
+    workdir,
+  )
+  ours, whole = _rows(workdir)[-1], _rows(finished[1])[-1]
+  for key in whole:
+    if key != "split":
+      np.testing.assert_allclose(ours[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_directory_of_another_run_is_refused_with_both_sides(
+  corpus, finished
+):
+  _, workdir = finished
+  before = sorted(workdir.rglob("*"))
+  with pytest.raises(ConfigError, match=r"loss.beta: None there, 0.3 here"):
+    train(_config(corpus, **{"loss.beta": 0.3}), workdir)
+  assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_file_in_place_of_the_work_directory_is_refused(corpus, tmp_path):
+  (tmp_path / "taken").write_text("mine")
+  with pytest.raises(ConfigError, match="taken"):
+    train(_config(corpus), tmp_path / "taken")
+  assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_changed_data_is_not_continued(corpus, tmp_path, monkeypatch):
+  source = tmp_path / "pairs.jsonl"
+  source.write_text(corpus["pairs"].read_text())
+  config = _config({"pairs": source})
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(Stopped):
+      train(config, tmp_path / "run")
+  lines = source.read_text().splitlines()
+  source.write_text("\n".join(lines[1:]) + "\n")
+  with pytest.raises(CheckpointError, match="another data"):
+    train(config, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path):
+  _, workdir = finished
+  wider = Run(_config(corpus, **{"model.ffn": 48}))
+  with (
+    checkpoint.Checkpoints(workdir / "checkpoints") as saved,
+    pytest.raises(CheckpointError, match=r"\[2, 16, 32\].*\[2, 16, 48\]"),
+  ):
+    saved.restore(STEPS, wider.abstract_state)
+
+
+def test_saving_a_step_twice_is_an_error_and_not_silence(finished, corpus):
+  _, workdir = finished
+  run = Run(_config(corpus))
+  with (
+    checkpoint.Checkpoints(workdir / "checkpoints") as saved,
+    pytest.raises(CheckpointError, match="not saved"),
+  ):
+    saved.save(STEPS, run.first_state(), {})
+
+
+@pytest.mark.parametrize("loss", ["sft", "ipo", "kto", "orpo"])
+def test_every_loss_trains_from_the_same_config(corpus, tmp_path, loss):
+  source = str(corpus["sft" if loss == "sft" else "pairs"])
+  changes = {
+    "train.steps": 16,
+    "train.eval_every": 0,
+    "optim.learning_rate": 3e-3,
+    "sample.prompts": 0,
+    "data.eval_source": source,  # what it was trained on must get better
+    "data.eval_split": "train",
+    "data.eval_rows": 24,
+  }
+  if loss == "sft":
+    config = _config(corpus, "sft", **changes)
+  else:
+    config = _config(corpus, "dpo", **changes, **{"loss.name": loss})
+  summary = train(config, tmp_path / "run")
+  first, last = summary["initial_eval"], summary["final_eval"]
+  assert last["loss"] < first["loss"]
+  if loss in ("ipo", "kto"):
+    assert last["rewards/margins"] > first["rewards/margins"]
+
+
+def test_orpo_and_sft_load_no_reference(corpus):
+  for loss in ("orpo", "sft"):
+    untouchable = object()
+    assert Run(_config(corpus, loss)).load_reference(untouchable) is None
+
+
+def test_a_precomputed_reference_gives_the_same_run(corpus, finished, tmp_path):
+  config = _config(corpus)
+  config = dataclasses.replace(
+    config, reference=dataclasses.replace(config.reference, precompute=True)
+  )
+  train(config, tmp_path / "run")
+  for ours, whole in zip(
+    _rows(tmp_path / "run"), _rows(finished[1]), strict=True
+  ):
+    np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-5)
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(corpus, tmp_path):
+  config = _config(
+    corpus, **{"optim.learning_rate": float("inf"), "train.max_skipped": 2}
+  )
+  with pytest.raises(UserError, match="2 steps in a row"):
+    train(config, tmp_path / "run")
