@@ -69,7 +69,9 @@ def _counts(examples: Examples) -> list[str]:
     lines.append(f"{title:12s}{sum(counts.values())}")
     for reason, n in sorted(counts.items()):
       first = report["first_dropped"].get(reason) if title == "dropped" else ""
-      lines.append(f"  {n:6d}  {reason}" + (f", first {first}" if first else ""))
+      lines.append(
+        f"  {n:6d}  {reason}" + (f", first {first}" if first else "")
+      )
   if examples.kind == "unpaired":
     liked = int(examples.desirable.sum())
     lines.append(f"labels      {liked} liked, {len(examples) - liked} not")

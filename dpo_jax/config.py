@@ -135,9 +135,14 @@ class Config:
       ConfigError: it has no such hyper-parameter, or a value is out of range.
     """
     options = {k: v for k, v in self.loss.items() if v is not None}
+    if not isinstance(options.get("name"), str):
+      raise ConfigError(
+        f"config.loss.name={options.get('name')!r} should be one of"
+        f" {', '.join(losses.names())}"
+      )
     try:
       return losses.make(**options)
-    except (ValueError, TypeError) as e:
+    except ValueError as e:
       raise ConfigError(f"config.loss: {e}") from e
 
   def to_dict(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ _HARMLESS = (
 # one of, and those are shares.
 _COUNTS = (
   "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
-  "model.head_tile", "train.batch_size", "train.microbatches",
+  "model.head_tile", "data.row_counts", "train.batch_size", "train.microbatches",
   "train.keep_checkpoints", "sample.max_tokens",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
@@ -183,6 +188,11 @@ def _check_ranges(config: Config) -> None:
     high = 1 if key in _SHARES else 2**32 - 1
     if not low <= value <= high:  # NaN neither
       raise ConfigError(f"config.{key}={value} should lie in [{low}, {high}]")
+  if config.model.width < config.model.heads:
+    raise ConfigError(
+      f"config.model.heads={config.model.heads} should be at most"
+      f" config.model.width={config.model.width}"
+    )
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -204,7 +214,10 @@ def from_dict(values: dict[str, Any]) -> Config:
       raise ConfigError(
         f"config.{key}={value!r} should be of type {wanted.__name__}"
       )
-    built[key] = _section(key, type(default), value) if section else value
+    if section:
+      built[key] = _section(key, type(default), value)
+    else:
+      built[key] = dict(value) if wanted is dict else value
   return Config(**built)
 
 

@@ -24,6 +24,7 @@ def run(main: Callable[[Config], None]) -> None:
   Exit status: 0 done or stopped by a signal with its checkpoint saved; 2 bad
   input, with one line on stderr; anything else is a bug and shows a traceback.
   """
+
   def guarded(argv):
     if len(argv) > 1:
       raise UserError(
@@ -64,12 +65,19 @@ def _read_config() -> Config:
     values = _CONFIG.value.to_dict()
   except OSError as e:
     raise UserError(f"--config: {_one_line(e)}") from e
+  except AttributeError as e:
+    raise UserError(
+      "--config: get_config of the file should return a ConfigDict, not"
+      f" {_CONFIG.value!r}"
+    ) from e
   return from_dict(values)
 
 
 def _parse(argv):
   try:
     return flags.FLAGS(argv)
+  except SyntaxError as e:
+    raise UserError(f"{e.filename}:{e.lineno}: {e.msg}") from e
   except (KeyError, AttributeError) as e:
     raise UserError(_unknown_key(e, argv)) from e
   except (flags.Error, ValueError, TypeError, OSError) as e:
@@ -78,8 +86,12 @@ def _parse(argv):
 
 def _unknown_key(error: Exception, argv) -> str:
   """ml_collections says which key, and maybe what was meant, but not where."""
+  if "get_config" in str(error):
+    return "--config: the file has no function get_config"
   key, *hint = re.findall(r"[A-Za-z_]\w*", str(error).replace("\\n", " "))
-  flag = next((a for a in argv if re.search(rf"[.]{key}(=|$)", a)), key)
+  flag = next((a for a in argv if re.search(rf"[.]{key}(=|$)", a)), None)
+  if not flag:
+    return f"--config: {_one_line(error)}"
   meant = f"; did you mean {hint[3]!r}?" if hint[:3] == _MEANT else ""
   return f"{flag}: the config has no {key!r}{meant}"
 

@@ -57,19 +57,20 @@ def _report(workdir: pathlib.Path, dpo: dict, seconds: float) -> None:
     print(f"    after  ({row['reward_after']:+.0f}) {row['after'].strip()}")
   first, last = dpo["initial_eval"], dpo["final_eval"]
   reward = dpo["true_reward"]
-  print(
-    f"""
-                            before      after
-  true reward, of 2        {reward["before"]:7.2f}    {reward["after"]:7.2f}
-  held-out accuracy        {first["rewards/accuracies"]:7.2f}    {last["rewards/accuracies"]:7.2f}
-  held-out margin          {first["rewards/margins"]:7.2f}    {last["rewards/margins"]:7.2f}
-  held-out loss            {first["loss"]:7.4f}    {last["loss"]:7.4f}
-  KL to the reference         0.00    {dpo["kl_to_reference"]:7.2f}   nats a response
-
-  aligned model  {dpo["model_dir"]}
-  report         {workdir / "dpo" / "report.html"}
-  {seconds:.0f} s in all"""
-  )
+  table = [("true reward, at most 2", reward["before"], reward["after"])]
+  for name, key in (
+    ("held-out accuracy", "rewards/accuracies"),
+    ("held-out margin", "rewards/margins"),
+    ("held-out loss", "loss"),
+  ):
+    table.append((name, first[key], last[key]))
+  table.append(("KL to SFT, nats a response", 0.0, dpo["kl_to_reference"]))
+  print(f"\n{'':28s}{'before':>10s}{'after':>10s}")
+  for name, before, after in table:
+    print(f"  {name:26s}{before:10.3f}{after:10.3f}")
+  print(f"\n  aligned model  {dpo['model_dir']}")
+  print(f"  report         {dpo['report']}")
+  print(f"  {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -51,17 +51,17 @@ def first_fit_decreasing(
   free: list[list[int]] = []
   for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
     t, s = tokens[i], scored[i]
-    for row, left in zip(rows, free, strict=True):
-      if t <= left[0] and s <= left[1] and left[2]:
+    for n, (left_t, left_s, places) in enumerate(free):
+      if t <= left_t and s <= left_s and places:
         break
     else:
-      row, left = [], [shape.tokens, shape.scored, shape.examples]
-      rows.append(row)
-      free.append(left)
-    row.append(i)
-    left[0] -= t
-    left[1] -= s
-    left[2] -= 1
+      n = len(rows)
+      rows.append([])
+      free.append([shape.tokens, shape.scored, shape.examples])
+    rows[n].append(i)
+    free[n][0] -= t
+    free[n][1] -= s
+    free[n][2] -= 1
   return rows
 
 

@@ -43,7 +43,7 @@ def orpo(
   """Odds Ratio Preference Optimization, Hong et al. 2024 (2403.07691), eq. 6-7.
 
       NLL(y_w|x) - lam * log sigmoid(log odds(y_w|x) - log odds(y_l|x))
-      odds(y|x) = P / (1 - P),   P = exp(mean over tokens of log pi(y_t|x, y_<t))
+      odds(y|x) = P / (1 - P),   P = exp(log pi(y|x) / |y|)
 
   The log-sigmoid enters with a minus, as in eq. 7: maximising the odds ratio
   lowers the loss. P is the length-normalised probability of eq. 3. The NLL is
