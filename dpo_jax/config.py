@@ -173,8 +173,8 @@ _HARMLESS = (
 # one of, and those are shares.
 _COUNTS = (
   "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
-  "model.head_tile", "data.row_counts", "train.batch_size", "train.microbatches",
-  "train.keep_checkpoints", "sample.max_tokens",
+  "model.head_tile", "data.row_counts", "train.batch_size",
+  "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
            "sample.top_p")  # fmt: skip
