@@ -1,0 +1,19 @@
+"""What every test gets: the checkout on the path, silent truncation an error.
+
+Devices are left as they are: what needs eight of them starts a process of its
+own (`test_train_step.py`), so that all other tests see what a user sees.
+"""
+
+import pathlib
+import sys
+
+_ROOT = str(pathlib.Path(__file__).resolve().parents[1])
+if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
+  sys.path.insert(0, _ROOT)
+
+
+def pytest_configure(config):
+  # jax makes float32 of a float64 that was asked for, and only warns.
+  config.addinivalue_line(
+    "filterwarnings", "error:.*Explicitly requested dtype.*:UserWarning"
+  )

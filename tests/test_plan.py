@@ -1,0 +1,316 @@
+"""Plans and packing: pure functions of lengths, seed and step."""
+
+import numpy as np
+import pytest
+
+from dpo_jax.data.pack import (
+  Example,
+  RowShape,
+  empty_batch,
+  fill_row,
+  first_fit_decreasing,
+  token_cost,
+)
+from dpo_jax.data.plan import Plan
+from dpo_jax.data.store import Examples
+from dpo_jax.errors import ConfigError
+
+
+def make_examples(prompt, chosen, rejected=None, kind="paired"):
+  """Examples of the given lengths; every token is a number of its own."""
+  prompt, chosen = np.asarray(prompt), np.asarray(chosen)
+  rejected = np.zeros_like(prompt) if rejected is None else np.asarray(rejected)
+  offsets = np.concatenate([[0], np.cumsum(prompt + chosen + rejected)])
+  n = len(prompt)
+  return Examples(
+    tokens=np.arange(1, offsets[-1] + 1, dtype=np.int32),
+    offsets=offsets.astype(np.int64),
+    prompt_lengths=prompt.astype(np.int32),
+    chosen_lengths=chosen.astype(np.int32),
+    rejected_lengths=rejected.astype(np.int32),
+    desirable=np.arange(n) % 2 == 0,
+    rows=np.arange(n, dtype=np.int64) + 1000,
+    subsets=np.zeros(n, np.int32),
+    subset_names=("",),
+    kind=kind,
+    format="test",
+    report={},
+    fingerprint="",
+  )
+
+
+def pairs(n=50, seed=0, kind="paired"):
+  """Small examples of mixed lengths."""
+  rng = np.random.default_rng(seed)
+  rejected = rng.integers(1, 12, n) if kind == "paired" else None
+  prompt, chosen = rng.integers(1, 20, n), rng.integers(1, 12, n)
+  return make_examples(prompt, chosen, rejected, kind)
+
+
+def dialogues(n=1000, seed=0, kind="paired"):
+  """Lengths like those of HH-RLHF: medians of 110 and 40 tokens, long tails,
+  cut at 512 together."""
+  rng = np.random.default_rng(seed)
+  prompt = np.clip(rng.lognormal(np.log(110), 0.8, n), 8, 384).astype(int)
+  chosen, rejected = (
+    np.clip(rng.lognormal(np.log(40), 0.9, n), 1, 128).astype(int)
+    for _ in range(2)
+  )
+  rejected = rejected if kind == "paired" else None
+  return make_examples(prompt, chosen, rejected, kind)
+
+
+def members(planned):
+  return planned.ids[planned.ids >= 0]
+
+
+def same(a, b):
+  for x, y in zip((*a.batch, a.ids), (*b.batch, b.ids), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["paired", "unpaired", "sft"])
+@pytest.mark.parametrize("batch_size", [2, 7, 64])
+def test_every_batch_holds_exactly_the_batch_size(kind, batch_size):
+  plan = Plan(pairs(kind=kind), batch_size=batch_size, steps=9)
+  for step in range(9):
+    batch, ids = plan[step]
+    assert (ids >= 0).sum() == batch.weights.sum() == batch_size
+    np.testing.assert_array_equal(ids >= 0, batch.weights == 1)
+
+
+def test_a_batch_is_a_function_of_the_step_alone():
+  make = lambda: Plan(pairs(), batch_size=8, steps=20, seed=3)
+  forwards, jumping = make(), make()
+  walked = [forwards[s] for s in range(20)]
+  for step in (19, 3, 11, 3, 0, 7):
+    same(jumping[step], walked[step])
+    same(make()[step], walked[step])
+
+
+def test_more_steps_do_not_change_the_earlier_members():
+  few, many = (Plan(pairs(), batch_size=8, steps=n) for n in (3, 40))
+  for step in range(3):
+    np.testing.assert_array_equal(few.members(step), many.members(step))
+
+
+def test_another_seed_is_another_order():
+  a, b = (
+    Plan(pairs(), batch_size=8, steps=4, seed=s).members(0) for s in (0, 1)
+  )
+  assert not np.array_equal(a, b)
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another():
+  n, plan = 48, Plan(pairs(48), batch_size=8, steps=12)
+  seen = np.concatenate([plan.members(s) for s in range(12)])
+  for epoch in (seen[:n], seen[n:]):
+    np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+  assert not np.array_equal(seen[:n], seen[n:])
+
+
+def test_epochs_follow_each_other_without_a_gap():
+  # 50 examples, 8 a step: the boundary lies inside a batch.
+  plan = Plan(pairs(50), batch_size=8, steps=25)
+  seen = np.concatenate([plan.members(s) for s in range(25)])
+  assert (np.bincount(seen, minlength=50) == 200 / 50).all()
+  np.testing.assert_array_equal(np.sort(seen[:50]), np.arange(50))
+
+
+def test_the_order_does_not_depend_on_the_devices():
+  plans = [
+    Plan(pairs(), batch_size=16, steps=5, rows_multiple=m) for m in (1, 2, 8)
+  ]
+  for step in range(5):
+    for plan, multiple in zip(plans, (1, 2, 8), strict=True):
+      np.testing.assert_array_equal(plan.members(step), plans[0].members(step))
+      assert plan[step].ids.shape[0] % multiple == 0
+
+
+def test_steps_default_to_once_through_the_examples():
+  assert len(Plan(pairs(50), batch_size=8)) == 7
+  assert len(Plan(pairs(48), batch_size=8)) == 6
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 50])
+def test_an_unshuffled_plan_shows_each_example_once_and_fills_up(n):
+  plan = Plan(pairs(n), batch_size=8, shuffle=False)
+  seen = np.concatenate([members(plan[s]) for s in range(len(plan))])
+  np.testing.assert_array_equal(np.sort(seen), np.arange(n))
+  assert sum(plan[s].batch.weights.sum() for s in range(len(plan))) == n
+
+
+def test_iterating_a_plan_ends():
+  assert len(list(Plan(pairs(50), batch_size=8))) == 7
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_fit_never_overflows_and_loses_nobody(seed):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(1, 100, 200)
+  scored = rng.integers(1, tokens + 1)
+  shape = RowShape(tokens=128, scored=100, examples=5)
+  rows = first_fit_decreasing(tokens.tolist(), scored.tolist(), shape)
+  assert sorted(i for row in rows for i in row) == list(range(200))
+  for row in rows:
+    assert tokens[row].sum() <= 128
+    assert scored[row].sum() <= 100
+    assert len(row) <= 5
+
+
+def test_first_fit_decreasing_by_hand():
+  # 6, 5, 4, 3, 2 into rows of 10: 6+4, 5+3+2.
+  shape = RowShape(tokens=10, scored=10, examples=9)
+  rows = first_fit_decreasing([3, 6, 2, 5, 4], [1] * 5, shape)
+  assert rows == [[1, 4], [3, 0, 2]]
+
+
+def test_ties_keep_their_order():
+  shape = RowShape(tokens=2, scored=2, examples=2)
+  assert first_fit_decreasing([1] * 4, [1] * 4, shape) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("kind", ["paired", "unpaired"])
+def test_rows_of_dialogues_are_nine_tenths_full(kind):
+  plan = Plan(dialogues(kind=kind), batch_size=64, steps=16)
+  used = total = 0
+  for step in range(16):
+    batch = plan[step].batch
+    used += (batch.key_end > 0).sum()
+    total += batch.tokens.size
+  assert used / total >= 0.9
+  assert plan.fill() == used / total
+
+
+@pytest.mark.parametrize("batch_size", [4, 32, 256])
+def test_a_plan_has_at_most_four_shapes(batch_size):
+  plan = Plan(dialogues(), batch_size=batch_size, steps=40)
+  shapes = {plan[step].batch.tokens.shape for step in range(40)}
+  assert 1 <= len(shapes) <= 4
+  assert {rows for rows, _ in shapes} <= set(plan.row_counts.tolist())
+
+
+@pytest.mark.parametrize("row_length", [0, 64, 77])
+def test_a_row_keeps_within_its_capacity(row_length):
+  plan = Plan(
+    pairs(), batch_size=16, steps=4, row_length=row_length, scored_multiple=6
+  )
+  shape = plan.shape
+  assert row_length in (0, shape.tokens)
+  assert shape.scored % 6 == 0
+  batch = plan[0].batch
+  assert batch.tokens.shape[1] == shape.tokens
+  assert batch.source.shape == batch.slot.shape == batch.target.shape
+  assert batch.source.shape[1] == shape.scored
+  assert batch.weights.shape[1] == shape.examples
+  assert batch.reference_logps is None
+
+
+@pytest.mark.parametrize("kind", ["paired", "unpaired", "sft"])
+def test_a_batch_tells_each_example_whole(kind):
+  """Reads prompt and responses back out of the arrays alone."""
+  x = pairs(kind=kind)
+  plan = Plan(x, batch_size=12, steps=3, seed=1)
+  for step in range(3):
+    batch, ids = plan[step]
+    who = plan.members(step)
+    before = dict(zip(who, np.roll(who, 1), strict=True))
+    for row, place in np.argwhere(ids >= 0):
+      e = ids[row, place]
+      second = x.rejected(e) if kind == "paired" else x.chosen(before[e])
+      if kind == "sft":
+        second = second[:0]
+      for branch, response in enumerate((x.chosen(e), second)):
+        mine = batch.slot[row] == 2 * place + branch
+        np.testing.assert_array_equal(batch.target[row, mine], response)
+        if not len(response):
+          continue
+        # What predicts them: the prompt's last token, then the response.
+        source = batch.source[row, mine]
+        np.testing.assert_array_equal(
+          batch.tokens[row, source], [x.prompt(e)[-1], *response[:-1]]
+        )
+        p = x.prompt_lengths[e]
+        np.testing.assert_array_equal(
+          batch.positions[row, source], p - 1 + np.arange(len(response))
+        )
+      assert batch.desirable[row, place] == x.desirable[e]
+    # Nothing else is scored.
+    scored = batch.slot < 2 * batch.weights.shape[1]
+    assert scored.sum() == plan._costs(who)[1].sum()
+
+
+def test_an_unpaired_example_meets_the_completion_before_it_in_the_batch():
+  x = pairs(20, kind="unpaired")
+  for shuffle in (True, False):
+    plan = Plan(x, batch_size=5, steps=4, shuffle=shuffle)
+    for step in range(4):
+      who = plan.members(step)
+      batch, ids = plan[step]
+      for i, e in enumerate(who):
+        row, place = np.argwhere(ids == e)[0]
+        other = batch.target[row, batch.slot[row] == 2 * place + 1]
+        np.testing.assert_array_equal(other, x.chosen(who[i - 1]))
+        assert who[i - 1] != e
+
+
+def test_a_last_batch_of_one_still_meets_another_completion():
+  x = pairs(6, kind="unpaired")
+  batch, ids = Plan(x, batch_size=5, shuffle=False)[1]
+  ((row, place),) = np.argwhere(ids == 5)
+  other = batch.target[row, batch.slot[row] == 2 * place + 1]
+  np.testing.assert_array_equal(other, x.chosen(4))
+
+
+def test_known_reference_log_probs_lie_where_their_examples_do():
+  x = pairs()
+  known = np.stack([np.arange(50), -np.arange(50)], axis=1).astype(np.float32)
+  plan = Plan(x, batch_size=8, steps=3, reference_logps=known)
+  for step in range(3):
+    batch, ids = plan[step]
+    assert batch.reference_logps.dtype == np.float32
+    for place in np.ndindex(ids.shape):
+      expected = known[ids[place]] if ids[place] >= 0 else [0, 0]
+      np.testing.assert_array_equal(batch.reference_logps[place], expected)
+
+
+def test_a_row_too_short_names_the_data_row_and_both_lengths():
+  x = make_examples([3, 30], [2, 9], [2, 8])
+  with pytest.raises(ConfigError) as e:
+    Plan(x, batch_size=2, row_length=45)
+  longest = 30 - 1 + 9 + 8
+  for word in ("row_length=45", "1001", str(longest), "max_length"):
+    assert word in str(e.value)
+  assert Plan(x, batch_size=2, row_length=longest).shape.tokens == longest
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(5, 1), (1, 4)])
+def test_unpaired_data_needs_another_example_in_the_batch(n, batch_size):
+  with pytest.raises(ConfigError, match="batch_size >= 2"):
+    Plan(pairs(n, kind="unpaired"), batch_size=batch_size)
+  Plan(pairs(n), batch_size=batch_size)  # pairs do not
+
+
+def test_token_cost_counts_the_prompts_last_token_once_a_branch():
+  assert token_cost(4, 3, 2) == (4 - 1) + 3 + 2
+
+
+def test_fill_row_refuses_what_does_not_fit_or_is_empty():
+  shape = RowShape(tokens=8, scored=5, examples=1)
+  one = np.ones(1, np.int32)
+  for examples in (
+    [Example(one[:0], one, one)],  # no prompt
+    [Example(one, one[:0], one)],  # no response
+    [Example(np.ones(9, np.int32), one, one)],  # tokens
+    [Example(one, np.ones(4, np.int32), np.ones(2, np.int32))],  # scored
+    [Example(one, one, one)] * 2,  # examples
+  ):
+    with pytest.raises(ValueError):
+      fill_row(empty_batch(1, shape), 0, examples)
+
+
+def test_an_empty_batch_sees_scores_and_counts_nothing():
+  batch = empty_batch(2, RowShape(tokens=4, scored=3, examples=2))
+  assert not batch.key_end.any()
+  assert not batch.weights.any()
+  assert (batch.slot == 4).all()

@@ -1,0 +1,420 @@
+"""The step: parts, devices and failures change no number.
+
+`python test_train_step.py` is the part that runs on eight devices.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import losses, score, sharding
+from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
+from dpo_jax.models import llama
+from dpo_jax.train_step import TrainState, evaluate_step, train_step
+
+VOCABULARY = 32
+CONFIG = llama.Config(
+  vocab_size=VOCABULARY, width=16, ffn=24, layers=2, heads=4, kv_heads=2,
+  head_dim=4,
+)  # fmt: skip
+ROWS, SHAPE = 8, RowShape(tokens=48, scored=32, examples=3)
+# Every registered loss; one that was added later runs here from that day.
+LOSSES = losses.names()
+# These programs run a few times; optimising them would take longer.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+class Toy:
+  """The least that reads all of a batch: each token sees the mean of its keys.
+  Compiles in a fraction of a Llama's time."""
+
+  def apply(self, variables, tokens, positions, key_start, key_end):
+    params = variables["params"]
+    x = params["embed"][tokens]
+    x += jnp.sin(positions[..., None] * params["pace"])
+    keys = jnp.arange(tokens.shape[1])
+    seen = (keys >= key_start[..., None]) & (keys < key_end[..., None])
+    seen = seen / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1)
+    return jnp.tanh(jnp.einsum("btu,bud->btd", seen, x) @ params["mix"] + x)
+
+  def unembed(self, variables):
+    return variables["params"]["unembed"]
+
+
+TOY_SHAPES = {
+  "params": {
+    "embed": (VOCABULARY, 16),
+    "mix": (16, 16),
+    "pace": (16,),
+    "unembed": (VOCABULARY, 16),
+  }
+}
+
+
+@functools.cache
+def make_batch(kind="paired", rows=ROWS, seed=0):
+  """Rows of one to three examples of uneven lengths, so with empty places; one
+  row is empty."""
+  rng = np.random.default_rng(seed)
+  ids = lambda n: rng.integers(0, VOCABULARY, n).astype(np.int32)
+  batch = empty_batch(rows, SHAPE)
+  for row in range(rows - 1):
+    some = []
+    for place in range(1 + row % 3):
+      p, r, q = rng.integers(1, 7), rng.integers(1, 6), rng.integers(1, 6)
+      q = 0 if kind == "sft" else q
+      some.append(Example(ids(p), ids(r), ids(q), (row + place) % 3 == 0))
+    fill_row(batch, row, some)
+  return batch
+
+
+def make_params(seed, shapes=TOY_SHAPES):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape) * 0.4, jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def make_state(tx, seed=0, shapes=TOY_SHAPES):
+  params = make_params(seed, shapes)
+  return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+
+
+TX = optax.chain(optax.clip_by_global_norm(5.0), optax.adamw(0.02, eps=1e-3))
+
+
+SCORE = score.make_score(Toy(), tile=16)
+
+
+def make_step(loss, *, microbatches=1, tx=TX, score=SCORE):
+  return functools.partial(
+    train_step, score=score, loss=loss, tx=tx, microbatches=microbatches
+  )
+
+
+@functools.cache
+def compiled(loss, microbatches=1):
+  return quick_jit(make_step(loss, microbatches=microbatches))
+
+
+def reference_for(loss):
+  return make_params(1) if loss.needs_reference else None
+
+
+def assert_same(a, b, tolerance=1e-6):
+  def one(a, b):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+  jax.tree.map(one, a, b)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_give_the_whole_batchs_numbers(name):
+  loss = losses.make(name)
+  batch = make_batch(loss.kind)
+  assert 0 < (batch.weights == 0).mean() < 0.6
+  results = {}
+  for parts in (1, 2, 4):
+    step, state = compiled(loss, parts), make_state(TX)
+    for _ in range(2):  # the second also sees what the first one did
+      state, sums = step(state, reference_for(loss), batch)
+    results[parts] = state, sums
+  assert results[1][1]["grad_norm"].total > 1e-3
+  for parts in (2, 4):
+    state, sums = results[parts]
+    means = {k: v.mean() for k, v in sums.items()}
+    whole = {k: v.mean() for k, v in results[1][1].items()}
+    assert means.keys() == whole.keys()
+    assert_same(means, whole, 5e-6)
+    # Adam divides by the square root of tiny second moments.
+    assert_same(state, results[1][0], 2e-5)
+
+
+def test_the_kl_of_kto_is_that_of_the_global_batch_in_every_part():
+  loss = losses.make("kto", beta=0.3)
+  batch = make_batch("unpaired")
+  policy, reference = (
+    np.asarray(quick_jit(SCORE)(make_params(seed), batch), np.float64)
+    for seed in (1, 0)
+  )
+  there = batch.weights > 0
+  kl = max(0.0, (policy - reference)[there][:, 1].mean())
+  h = (policy - reference)[there][:, 0]
+  sign = np.where(batch.desirable[there], 1, -1)
+  expected = (1 - 1 / (1 + np.exp(-0.3 * sign * (h - kl)))).mean()
+  assert kl > 0.1
+  for parts in (1, 4):
+    _, sums = compiled(loss, parts)(make_state(TX, 1), make_params(0), batch)
+    np.testing.assert_allclose(sums["kl"].mean(), kl, rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"].mean(), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss():
+  """One step of sgd at rate 1 against jax.grad of the written-out mean."""
+  loss, batch, tx = losses.make("sft"), make_batch("sft"), optax.sgd(1.0)
+  n = batch.slot[batch.slot < 6].size
+
+  def mean(params):
+    return -SCORE(params, batch)[batch.weights > 0][:, 0].sum() / n
+
+  state = make_state(tx)
+  new, sums = quick_jit(make_step(loss, tx=tx))(state, None, batch)
+  value, grads = quick_jit(jax.value_and_grad(mean))(state.params)
+  np.testing.assert_allclose(sums["loss"].mean(), value, rtol=1e-6)
+  assert sums["loss"].count == n
+  squares = sum((np.float64(g) ** 2).sum() for g in jax.tree.leaves(grads))
+  np.testing.assert_allclose(
+    sums["grad_norm"].mean(), np.sqrt(squares), rtol=1e-6
+  )
+  moved = jax.tree.map(jnp.subtract, state.params, new.params)
+  assert_same(moved, grads, 2e-6)
+
+
+# References
+
+
+def test_a_loss_without_reference_never_scores_one():
+  loss = losses.make("orpo")
+  scored = []
+
+  def spy(variables, batch):
+    scored.append(variables)
+    return SCORE(variables, batch)
+
+  batch, state = make_batch(), make_state(TX)
+  poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), make_params(1))
+  results = [
+    quick_jit(functools.partial(train_step, score=spy, loss=loss, tx=TX))(
+      state, reference, batch
+    )
+    for reference in (None, poison)
+  ]
+  assert_same(*results, 0)
+  assert np.isfinite(results[0][1]["loss"].total)
+  assert len(scored) == 2  # the policy, once a program
+
+
+def test_known_reference_log_probs_give_the_update_of_scoring_them():
+  loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
+  scored = quick_jit(SCORE)(reference, batch)
+  known = batch._replace(reference_logps=scored)
+  for parts in (1, 2):
+    step = compiled(loss, parts)
+    online = step(make_state(TX), reference, batch)
+    assert_same(step(make_state(TX), None, known), online, 2e-6)
+
+
+def test_known_log_probs_are_used_even_with_a_reference_at_hand():
+  loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
+  known = batch._replace(reference_logps=jnp.zeros((*batch.weights.shape, 2)))
+  _, sums = compiled(loss)(make_state(TX), reference, known)
+  np.testing.assert_allclose(
+    sums["rewards/chosen"].mean(),
+    0.1 * sums["logps/chosen"].mean(),
+    rtol=1e-6,
+  )
+
+
+def test_the_trained_collection_stands_over_the_references():
+  """A policy is the reference with the trained arrays in their place."""
+  loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
+  _, sums = compiled(loss)(make_state(TX, seed=1), reference, batch)
+  np.testing.assert_allclose(sums["rewards/margins"].total, 0, atol=1e-5)
+  _, sums = compiled(loss)(make_state(TX, seed=0), reference, batch)
+  assert abs(sums["rewards/margins"].total) > 0.1
+
+
+# Steps that are not finite
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, parts):
+  loss, reference = losses.make("dpo"), make_params(1)
+  batch = make_batch()
+  known = np.zeros((*batch.weights.shape, 2), np.float32)
+  known[1, 0, 0] = bad
+  poisoned = batch._replace(reference_logps=known)
+  step = compiled(loss, parts)
+  state, sums = step(make_state(TX), reference, batch)
+  assert sums["skipped"].total == 0
+  after, sums = step(state, reference, poisoned)
+  assert (after.step, after.skipped) == (2, 1)
+  assert sums["skipped"].total == 1
+  for new, old in zip(
+    jax.tree.leaves((after.params, after.opt_state)),
+    jax.tree.leaves((state.params, state.opt_state)),
+    strict=True,
+  ):
+    assert new.dtype == old.dtype
+    assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+  # And on it goes as if that batch had not been.
+  later, _ = step(after, reference, batch)
+  clean, _ = step(state, reference, batch)
+  assert_same(later.params, clean.params, 0)
+  assert (later.step, later.skipped) == (3, 1)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
+  @jax.custom_vjp
+  def broken(x):
+    return x
+
+  broken.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
+
+  class Broken:
+    needs_reference = batch_coupled = False
+
+    def __call__(self, policy_chosen_logps, **_):
+      return losses.LossOutput(broken(policy_chosen_logps), {})
+
+  step = quick_jit(make_step(Broken()))
+  state = make_state(TX)
+  after, sums = step(state, None, make_batch())
+  assert np.isfinite(sums["loss"].total)
+  assert after.skipped == 1
+  assert_same(after.params, state.params, 0)
+
+
+def test_a_batch_of_padding_is_no_error():
+  loss = losses.make("dpo")
+  empty = empty_batch(ROWS, SHAPE)
+  state = make_state(optax.sgd(1.0))
+  after, sums = quick_jit(make_step(loss, tx=optax.sgd(1.0)))(
+    state, make_params(1), empty
+  )
+  assert sums["loss"] == (0, 0)
+  assert after.skipped == 0
+  assert_same(after.params, state.params, 0)
+
+
+def test_evaluation_gives_the_numbers_of_the_step_before_its_update():
+  loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
+  state = make_state(TX)
+  step = functools.partial(evaluate_step, score=SCORE, loss=loss)
+  sums, policy, known = quick_jit(step)(state.params, reference, batch)
+  _, trained = compiled(loss)(state, reference, batch)
+  assert_same(sums, {k: trained[k] for k in sums}, 2e-6)
+  assert policy.shape == known.shape == (*batch.weights.shape, 2)
+  np.testing.assert_array_equal(policy[batch.weights == 0], 0)
+
+
+# Devices
+
+ON_MESHES = [
+  ("dpo", (8, 1, 1)),
+  ("dpo", (1, 8, 1)),
+  ("dpo", (2, 2, 2)),
+  ("dpo", (1, 2, 4)),
+  ("kto", (2, 2, 2)),  # its z0 is a mean over all devices
+]
+SHAPES = jax.tree.map(
+  lambda x: x.shape,
+  jax.eval_shape(llama.Model(CONFIG).init_variables, jax.random.key(0)),
+)
+
+
+def three_steps(name, mesh=None):
+  """Means of loss and gradient norm of three steps, and the weights after."""
+  loss = losses.make(name)
+  # Plain descent: Adam would blow rounding up where gradients are near 0.
+  tx = optax.sgd(0.3)
+  state, reference = make_state(tx, 1, SHAPES), make_params(0, SHAPES)
+  compute, place_head = llama.Compute(), lambda f: f
+  batches = [make_batch(loss.kind, seed=s) for s in (0, 1)]
+  if mesh is not None:
+    state = jax.device_put(state, sharding.shard_tree(state, mesh))
+    reference = jax.device_put(reference, sharding.shard_tree(reference, mesh))
+    batches = [sharding.put_batch(b, mesh) for b in batches]
+    pins = sharding.Pins(mesh)
+    place_head = pins.head
+    compute = llama.Compute(
+      pin_activations=pins.activations, pin_weights=pins.weights
+    )
+  run = score.make_score(
+    llama.Model(CONFIG, compute), tile=16, place_head=place_head
+  )
+  step = quick_jit(make_step(loss, tx=tx, score=run))
+  means = []
+  for i in range(3):
+    state, sums = step(state, reference, batches[i % 2])
+    means.append([float(sums[k].mean()) for k in ("loss", "grad_norm")])
+  flat = np.concatenate(
+    [np.asarray(x).ravel() for x in jax.tree.leaves(state.params)]
+  )
+  return means, flat
+
+
+def on_eight_devices(out):
+  assert jax.device_count() == 8
+  means, weights = {}, {}
+  for name, sizes in ON_MESHES:
+    key, mesh = f"{name} {sizes}", sharding.make_mesh(*sizes)
+    means[key], weights[key] = three_steps(name, mesh)
+  np.savez(out / "weights.npz", **weights)
+  (out / "means.json").write_text(json.dumps(means))
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory):
+  """What the meshes gave, computed by one process that has eight devices."""
+  out = tmp_path_factory.mktemp("eight")
+  here = pathlib.Path(__file__).resolve()
+  flags = "--xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [sys.executable, str(here), str(out)],
+    env=os.environ
+    | {
+      "XLA_FLAGS": flags,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(here.parents[1]),
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  means = json.loads((out / "means.json").read_text())
+  return means, dict(np.load(out / "weights.npz"))
+
+
+@functools.cache
+def on_one_device(name):
+  return three_steps(name)
+
+
+@pytest.mark.parametrize(("name", "sizes"), ON_MESHES, ids=str)
+def test_eight_devices_give_the_numbers_of_one(eight_devices, name, sizes):
+  means, weights = eight_devices
+  expected, expected_weights = on_one_device(name)
+  np.testing.assert_allclose(means[f"{name} {sizes}"], expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    weights[f"{name} {sizes}"], expected_weights, rtol=1e-6, atol=1e-6
+  )
+
+
+def test_the_three_steps_do_move_the_weights():
+  means, weights = on_one_device("dpo")
+  start = jax.tree.leaves(make_params(1, SHAPES))
+  start = np.concatenate([np.asarray(x).ravel() for x in start])
+  assert np.abs(weights - start).max() > 1e-2
+  assert means[2][0] < means[0][0]  # the first batch, seen again
+
+
+if __name__ == "__main__":
+  on_eight_devices(pathlib.Path(sys.argv[1]))
