@@ -51,11 +51,15 @@ def first_fit_decreasing(
   free: list[list[int]] = []
   for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
     t, s = tokens[i], scored[i]
-    for n, (left_t, left_s, places) in enumerate(free):
-      if t <= left_t and s <= left_s and places:
-        break
-    else:
-      n = len(rows)
+    n = next(
+      (
+        n
+        for n, (left_t, left_s, places) in enumerate(free)
+        if t <= left_t and s <= left_s and places
+      ),
+      len(rows),
+    )
+    if n == len(rows):
       rows.append([])
       free.append([shape.tokens, shape.scored, shape.examples])
     rows[n].append(i)
