@@ -6,8 +6,6 @@ them by `--config.section.field=value`; nothing else is read anywhere.
 
 import dataclasses
 import difflib
-import hashlib
-import json
 from typing import Any
 
 from dpo_jax import losses
@@ -154,15 +152,11 @@ class Config:
     flat = flatten(self.to_dict())
     return {k: v for k, v in flat.items() if not k.startswith(_HARMLESS)}
 
-  def fingerprint(self) -> str:
-    text = json.dumps(self.identity(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 # What may change between the parts of one run: how fast, where, how talkative.
 _HARMLESS = (
-  "mesh.", "sample.", "log.", "data.cache_dir", "model.remat",
-  "model.attention", "model.head_tile", "train.microbatches",
+  "mesh.", "log.", "data.cache_dir", "model.remat", "model.attention",
+  "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
   "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
   "train.export",
