@@ -25,6 +25,16 @@ VOCABULARY = 40
 N = 23
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  # Each program runs once or twice; optimising it would take most of the time.
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
 def examples_of(kind, n=N, seed=0):
   """Random examples; prompts and responses of 1 to 12 tokens."""
   rng = np.random.default_rng(seed)

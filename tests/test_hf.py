@@ -36,6 +36,16 @@ STORIES = SHARED / "data" / "stories260k" / "hf"
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  # Each program runs once or twice; optimising it would take most of the time.
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
 def abstract(config, **compute):
   model = llama.Model(config, llama.Compute(**compute))
   return jax.eval_shape(model.init_variables, jax.random.key(0))
@@ -339,6 +349,7 @@ def test_weights_load_onto_eight_devices_and_leave_them_unchanged(tmp_path):
     env={
       "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
       "JAX_PLATFORMS": "cpu",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     },
   )  # fmt: skip

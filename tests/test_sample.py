@@ -18,6 +18,16 @@ STORIES = SHARED / "data" / "stories260k"
 STOP = 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  # Each program runs once or twice; optimising it would take most of the time.
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
 class Markov:
   """A model whose next token depends on the last one alone.
 
