@@ -57,7 +57,7 @@ class Answerer:
     self._sampler = make_sampler(
       built.model,
       max_tokens=settings.max_tokens,
-      stop_ids=(tokenizer.eos_id,),
+      stop_ids=tokenizer.stop_ids,
       pad_id=tokenizer.pad_id,
       temperature=settings.temperature,
       top_k=settings.top_k,

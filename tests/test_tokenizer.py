@@ -17,6 +17,7 @@ STORIES = SHARED / "data" / "stories260k" / "hf"
 def folder(path, *, config=None, **files):
   """A tokenizer directory: the byte tokenizer's, with other files."""
   BYTES.save(path)
+  (path / "generation_config.json").unlink()
   if config is not None:
     files["tokenizer_config.json"] = config
   for name, value in files.items():
@@ -216,3 +217,18 @@ def test_a_panic_of_the_library_is_a_data_error(tmp_path):
   config = {"eos_token": "<|eos|>", "bos_token": "<|bos|>"}
   path = folder(tmp_path, config=config, tokenizer=backend)
   assert "not a usable tokenizer" in refusal(path)
+
+
+def test_a_saved_tokenizer_says_where_answers_end(tmp_path):
+  ByteTokenizer().save(str(tmp_path / "one"))
+  saved = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+  assert saved == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+  assert HFTokenizer.load(str(tmp_path / "one")).stop_ids == (2,)
+
+  saved |= {"eos_token_id": [2, 70], "temperature": 0.6}
+  (tmp_path / "one" / "generation_config.json").write_text(json.dumps(saved))
+  several = HFTokenizer.load(str(tmp_path / "one"))
+  assert several.stop_ids == (2, 70)
+  several.save(str(tmp_path / "two"))
+  again = json.loads((tmp_path / "two" / "generation_config.json").read_text())
+  assert again == saved

@@ -23,6 +23,7 @@ _BYTE_TEMPLATE = (
 )
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
+_GENERATION = "generation_config.json"
 
 
 class HFTokenizer:
@@ -33,6 +34,8 @@ class HFTokenizer:
     bos_id: id of the token that begins a text, or None where there is none.
     eos_id: id of the token that ends one.
     pad_id: id to fill with; `eos_id` where the files name no padding token.
+    stop_ids: ids that end an answer: `eos_id`, and what generation_config.json
+      names beside it.
     adds_bos: whether plain text is to begin with `bos_id`.
     chat_template: Jinja source, or None.
     special_tokens: name (`bos_token`, ...) to text.
@@ -58,6 +61,7 @@ class HFTokenizer:
     self.bos_id = self._id("bos_token")
     pad_id = self._id("pad_token")
     self.pad_id = self.eos_id if pad_id is None else pad_id
+    self.stop_ids = self._stop_ids()
     self.adds_bos = self._adds_bos()
     self.chat_template = self._template()
     # A saved copy names its end token even where config.json did.
@@ -77,7 +81,7 @@ class HFTokenizer:
         f"{path}: no tokenizer.json there; expected a directory in Hugging "
         "Face layout, or 'bytes'"
       )
-    names = ("special_tokens_map.json", "generation_config.json", "config.json")
+    names = ("special_tokens_map.json", _GENERATION, "config.json")
     files = {}
     for name in ("tokenizer.json", _CONFIG, _TEMPLATE, *names):
       if (folder / name).is_file():
@@ -122,8 +126,26 @@ class HFTokenizer:
     for name in ("tokenizer.json", _TEMPLATE, "special_tokens_map.json"):
       if name in self._files:
         (folder / name).write_text(self._files[name], encoding="utf-8")
-    text = json.dumps(self._config, ensure_ascii=False, indent=2)
-    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    # Without the latter, transformers would end answers at its own default id.
+    for name, value in (
+      (_CONFIG, self._config),
+      (_GENERATION, self._generation_config()),
+    ):
+      text = json.dumps(value, ensure_ascii=False, indent=2)
+      (folder / name).write_text(text + "\n", encoding="utf-8")
+
+  def _generation_config(self) -> dict:
+    ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+    known = {k: v for k, v in ids.items() if v is not None}
+    stops = list(self.stop_ids)
+    known["eos_token_id"] = stops if len(stops) > 1 else self.eos_id
+    return known | self._json(_GENERATION)
+
+  def _stop_ids(self) -> tuple[int, ...]:
+    named = self._json(_GENERATION).get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    more = [x for x in named if isinstance(x, int) and x != self.eos_id]
+    return (self.eos_id, *more)
 
   def _json(self, name: str) -> dict:
     try:
@@ -138,7 +160,7 @@ class HFTokenizer:
     return value
 
   def _find_eos(self) -> None:
-    for name in ("generation_config.json", "config.json"):
+    for name in (_GENERATION, "config.json"):
       ids = self._json(name).get("eos_token_id")
       first = ids[0] if isinstance(ids, list) and ids else ids
       if isinstance(first, int) and 0 <= first < self.vocab_size:
