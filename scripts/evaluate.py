@@ -20,13 +20,16 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well.")
 
 
 def _main(config):
+  from dpo_jax.errors import ConfigError
   from dpo_jax.judge import judge, render
 
+  output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
+  if output and not output.absolute().parent.is_dir():
+    raise ConfigError(f"--output={output}: no such directory")
   result = judge(config)
   print(render(result))
-  if _OUTPUT.value:
-    path = pathlib.Path(_OUTPUT.value)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+  if output:
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
