@@ -96,6 +96,8 @@ def test_losses_import_jax_and_nothing_else():
     "difflib",
     "functools",
     "inspect",
+    "math",
+    "numbers",
     "typing",
     "dpo_jax",
   }

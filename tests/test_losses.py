@@ -764,3 +764,30 @@ def test_the_losses_need_jax_and_nothing_else(wall):
     cwd=base.__file__.partition("dpo_jax")[0],
   )
   assert out.stdout.split() == ["fine", *NAMES], out.stderr
+
+
+def test_what_an_empty_place_holds_never_reaches_z0():
+  nan = float("nan")
+  out = losses.kto(
+    *(jnp.array(x) for x in ([-1.0, nan], [-2.0, 0.0], [-1.0, nan], [-2.0, 0.0])),
+    jnp.array([True, False]),
+    jnp.array([1.0, 0.0]),
+    beta=1.0,
+  )  # fmt: skip
+  sums = losses.reduce(out, jnp.array([1.0, 0.0]))
+  assert float(sums["kl"].mean()) == 1.0
+  assert float(sums["loss"].mean()) == pytest.approx(1 / 2)
+
+
+def test_hyper_parameters_may_be_numpy_numbers_but_not_infinite():
+  assert losses.make("dpo", beta=np.float32(0.5)) == losses.make(
+    "dpo", beta=0.5
+  )
+  with pytest.raises(ValueError, match="beta=inf"):
+    losses.make("dpo", beta=float("inf"))
+
+
+def test_per_token_ipo_says_that_it_needs_lengths():
+  one = jnp.ones(1)
+  with pytest.raises(ValueError, match="chosen_lengths"):
+    losses.ipo(one, one, one, one, average="tokens")

@@ -314,3 +314,23 @@ def test_an_empty_batch_sees_scores_and_counts_nothing():
   assert not batch.key_end.any()
   assert not batch.weights.any()
   assert (batch.slot == 4).all()
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(2, 4), (9, 4), (7, 5), (3, 8)])
+def test_no_example_meets_its_own_completion_where_epochs_meet(n, batch_size):
+  plan = Plan(pairs(n, kind="unpaired"), batch_size=batch_size, steps=40)
+  wrapped = 0
+  for step in range(40):
+    members = plan.members(step)
+    others = plan._others(members)
+    assert (others != members).all()
+    assert set(others) <= set(range(n))
+    wrapped += (np.roll(members, 1) == members).any()
+  assert wrapped  # a plain rotation would have matched some with themselves
+
+
+def test_a_step_outside_the_plan_is_an_index_error():
+  plan = Plan(pairs(8), batch_size=4, shuffle=False)
+  for step in (-1, 2):
+    with pytest.raises(IndexError, match=f"step {step}"):
+      plan[step]

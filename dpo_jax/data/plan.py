@@ -100,6 +100,8 @@ class Plan:
     return self._steps
 
   def __getitem__(self, step: int) -> Planned:
+    if not 0 <= step < len(self):
+      raise IndexError(f"step {step} of a plan of {len(self)}")
     members = self.members(step)
     shape = self.shape
     batch = empty_batch(int(self._row_count[step]), shape)
@@ -135,10 +137,16 @@ class Plan:
     return int(self._row_count.sum()) * self.shape.tokens
 
   def _others(self, members: np.ndarray) -> np.ndarray:
-    """Whose completion each member is mismatched with: the one before it."""
-    if len(members) > 1:
-      return np.roll(members, 1)
-    return (members - 1) % len(self.examples)
+    """Whose completion each member is mismatched with: that of the nearest
+    other example before it in the batch, around its end; of the data, where a
+    batch repeats one example only."""
+    others = np.roll(members, 1)
+    for i in np.flatnonzero(others == members):
+      back = np.roll(members[::-1], i)  # i - 1, i - 2, ... around the end
+      different = back[back != members[i]]
+      before = (members[i] - 1) % len(self.examples)
+      others[i] = different[0] if len(different) else before
+    return others
 
   def _example(self, members, i) -> Example:
     x, e = self.examples, members[i]

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -207,7 +209,7 @@ def make(name: str, **options: Any) -> Loss:
         f"{_suggest(key, known)}; it has: {', '.join(known) or 'none'}"
       )
     default = known[key]
-    number = isinstance(default, float) and isinstance(value, (int, float))
+    number = isinstance(default, float) and isinstance(value, numbers.Real)
     if isinstance(value, bool) != isinstance(default, bool) or not (
       number or isinstance(value, type(default))
     ):
@@ -249,8 +251,11 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-  """Raises ValueError unless `low <= value <= high`; traced values pass."""
-  if isinstance(value, (int, float)) and not low <= value <= high:
+  """Raises ValueError unless value is finite and in [low, high]; traced values
+  pass."""
+  if not isinstance(value, numbers.Real):
+    return
+  if not (math.isfinite(value) and low <= value <= high):
     raise ValueError(f"{name}={value} should lie in [{low}, {high}]")
 
 

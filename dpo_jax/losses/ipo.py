@@ -50,6 +50,10 @@ def ipo(
     beta * chosen, beta * rejected, policy_chosen_logps, policy_rejected_logps
   )
   if average == "tokens":
+    if chosen_lengths is None or rejected_lengths is None:
+      raise ValueError(
+        "average='tokens' needs chosen_lengths and rejected_lengths"
+      )
     chosen = chosen / jnp.maximum(chosen_lengths, 1)
     rejected = rejected / jnp.maximum(rejected_lengths, 1)
   return LossOutput((chosen - rejected - 1 / (2 * beta)) ** 2, metrics)

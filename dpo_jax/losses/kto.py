@@ -52,7 +52,8 @@ def kto(
   if weights is None:
     weights = jnp.ones_like(policy_logps)
   logratios = policy_logps - reference_logps
-  kl = (policy_kl_logps - reference_kl_logps) * weights
+  kl = policy_kl_logps - reference_kl_logps
+  kl = jnp.where(weights > 0, kl, 0.0) * weights
   z0 = jnp.maximum(0.0, kl.sum() / jnp.maximum(weights.sum(), 1.0))
   z0 = jax.lax.stop_gradient(z0)
   liked = desirable_weight * jax.nn.sigmoid(-beta * (logratios - z0))
