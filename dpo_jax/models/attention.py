@@ -7,14 +7,12 @@ integers per token say causality, packing, padding and the mirrored rows of
 Letters: B rows, T queries, U keys, H heads, K kv heads (H = G K), h head dim.
 """
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models.blockwise import MASKED, blockwise_attention
+
 IMPLEMENTATIONS = ("blockwise", "dense")
-_MASKED = -1e30  # finite: a row of it stays finite under softmax
 
 
 def attention(
@@ -37,10 +35,11 @@ def attention(
     key_start: i32[B T], first visible key.
     key_end: i32[B T], one past the last visible key.
     scale: factor on the scores; `None` is `h ** -0.5`.
-    implementation: "blockwise" runs a block of queries at a time and recomputes
-      scores in the backward, so only `[B H block U]` of them exist at once;
-      "dense" is the plain form with a [B T U] mask, the oracle of the tests.
-    block: queries per block.
+    implementation: "blockwise" goes block by block, skips the keys that no
+      query of a block sees and recomputes scores in the backward
+      (`blockwise.py`); "dense" is the plain form with a [B T U] mask, the
+      oracle of the tests, and what short rows use.
+    block: queries, and keys, per block.
 
   Returns:
     f[B T H h], in the dtype of q; scores and softmax are float32.
@@ -53,13 +52,14 @@ def attention(
       f"implementation={implementation!r} should be one of {IMPLEMENTATIONS}"
     )
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  attend = functools.partial(_attend, scale=scale)
   if implementation == "dense" or q.shape[1] <= block:
-    return attend(q, k, v, key_start, key_end)
-  return _blockwise(attend, q, k, v, key_start, key_end, block)
+    return _dense(q, k, v, key_start, key_end, scale)
+  return blockwise_attention(
+    q, k, v, key_start, key_end, scale=scale, block=block
+  )
 
 
-def _attend(q, k, v, key_start, key_end, *, scale):
+def _dense(q, k, v, key_start, key_end, scale):
   B, T, H, h = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, H // K, h)
@@ -69,30 +69,7 @@ def _attend(q, k, v, key_start, key_end, *, scale):
   keys = jnp.arange(k.shape[1])
   visible = (keys >= key_start[..., None]) & (keys < key_end[..., None])
   visible = visible[:, None, None]  # bool[B 1 1 T U]
-  scores = jnp.where(visible, scores * scale, _MASKED)
+  scores = jnp.where(visible, scores * scale, MASKED)
   probs = jax.nn.softmax(scores, axis=-1)
   probs = jnp.where(visible, probs, 0.0).astype(v.dtype)
   return jnp.einsum("bkgtu,bukh->btkgh", probs, v).reshape(B, T, H, h)
-
-
-def _blockwise(attend, q, k, v, key_start, key_end, block):
-  T = q.shape[1]
-  blocks = math.ceil(T / block)
-  pad = blocks * block - T
-
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], blocks, block, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  # Padded queries get the empty range [0, 0).
-  xs = split(q), split(key_start), split(key_end)
-
-  @jax.checkpoint
-  def one_block(_, xs):
-    q, start, end = xs
-    return None, attend(q, k, v, start, end)
-
-  _, out = jax.lax.scan(one_block, None, xs)
-  out = jnp.moveaxis(out, 0, 1)
-  return out.reshape(q.shape[0], blocks * block, *q.shape[2:])[:, :T]

@@ -1,0 +1,132 @@
+"""Attention a block at a time, in plain JAX: skips what no query sees.
+
+An online softmax runs over blocks of keys for each block of queries, between
+the first and the last key that any query of the block sees; the backward
+recomputes scores from the saved log-sum-exp (Dao et al. 2022, 2205.14135). No
+[T, U] array exists, and packed rows cost about what their pairs cost.
+
+Letters: N blocks of queries, B rows, q queries a block, K kv heads, G queries'
+heads per kv head, u keys a block, h head dim; R = G q.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a row of it stays finite under softmax
+
+
+def blockwise_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  key_start: jax.Array,
+  key_end: jax.Array,
+  *,
+  scale: float,
+  block: int = 128,
+) -> jax.Array:
+  """See `attention.attention`; f[B T H h] and f[B U K h] -> f[B T H h]."""
+  B, T, H, h = q.shape
+  U, K = k.shape[1:3]
+  G, queries, keys = H // K, -(-T // block), -(-U // block)
+
+  def blocks(x, n):
+    """[B T ...] -> [n B block ...]; padded queries see nothing."""
+    short = n * block - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, n, block, *x.shape[2:]), 1, 0)
+
+  q = blocks(q, queries).reshape(queries, B, block, K, G, h)
+  q = q.transpose(0, 1, 3, 4, 2, 5).reshape(queries, B, K, G * block, h)
+  k, v = (blocks(x, keys).transpose(0, 1, 3, 2, 4) for x in (k, v))
+  start, end = blocks(key_start, queries), blocks(key_end, queries)
+  seen = end > start
+  first = jnp.where(seen, start, U).min(axis=(1, 2)) // block
+  last = -(-jnp.where(seen, end, 0).max(axis=(1, 2)) // block)
+  out = _attend(q, k, v, (start, end, first, last), scale)
+  out = out.reshape(queries, B, K, G, block, h).transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(B, queries * block, H, h)[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, ranges, scale):
+  """q f[N B K R h], k and v f[. B K u h] -> f[N B K R h]."""
+  return _forward(q, k, v, ranges, scale)[0]
+
+
+def _wide(x):
+  """What sums are kept in: float32, or wider if x is."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _dot(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))
+
+
+def _scores(q, k, start, end, at, scale):
+  """f[B K R h], f[B K u h] -> f32[B K R u] of the keys from `at` on."""
+  scores = _dot("bkrh,bkuh->bkru", q, k) * scale
+  keys = at * k.shape[2] + jnp.arange(k.shape[2])
+  visible = (keys >= start[..., None]) & (keys < end[..., None])
+  groups = q.shape[2] // start.shape[1]
+  visible = jnp.tile(visible, (1, groups, 1))[:, None]
+  return jnp.where(visible, scores, MASKED)
+
+
+def _forward(q, k, v, ranges, scale):
+  def one_block(_, xs):
+    q, (start, end, first, last) = xs
+
+    def add_keys(j, carry):
+      top, total, out = carry
+      scores = _scores(q, k[j], start, end, j, scale)
+      new_top = jnp.maximum(top, scores.max(axis=-1))
+      probs = jnp.exp(scores - new_top[..., None])
+      shrink = jnp.exp(top - new_top)
+      total = total * shrink + probs.sum(axis=-1)
+      new = _dot("bkru,bkuh->bkrh", probs.astype(v.dtype), v[j])
+      return new_top, total, out * shrink[..., None] + new
+
+    # Above any masked score, so that masked keys weigh nothing even where a
+    # query has seen no key yet.
+    top = jnp.full(q.shape[:3], MASKED / 2, _wide(q))
+    nothing = top, jnp.zeros_like(top), jnp.zeros(q.shape, _wide(q))
+    top, total, out = jax.lax.fori_loop(first, last, add_keys, nothing)
+    total = jnp.maximum(total, 1e-30)
+    out = (out / total[..., None]).astype(q.dtype)
+    return None, (out, top + jnp.log(total))
+
+  _, (out, lse) = jax.lax.scan(one_block, None, (q, ranges))
+  return out, (q, k, v, ranges, out, lse)
+
+
+def _backward(scale, residuals, g):
+  q, k, v, ranges, out, lse = residuals
+  delta = (g.astype(_wide(g)) * out).sum(axis=-1)
+
+  def one_block(carry, xs):
+    q, (start, end, first, last), lse, delta, g = xs
+
+    def add_keys(j, carry):
+      dq, dk, dv = carry
+      scores = _scores(q, k[j], start, end, j, scale)
+      probs = jnp.exp(scores - lse[..., None])
+      dv = dv.at[j].add(_dot("bkru,bkrh->bkuh", probs.astype(g.dtype), g))
+      dprobs = _dot("bkrh,bkuh->bkru", g, v[j])
+      dscores = (probs * (dprobs - delta[..., None]) * scale).astype(q.dtype)
+      dq += _dot("bkru,bkuh->bkrh", dscores, k[j])
+      dk = dk.at[j].add(_dot("bkru,bkrh->bkuh", dscores, q))
+      return dq, dk, dv
+
+    dq = jnp.zeros(q.shape, _wide(q))
+    dq, *carry = jax.lax.fori_loop(first, last, add_keys, (dq, *carry))
+    return tuple(carry), dq.astype(q.dtype)
+
+  zeros = jnp.zeros(k.shape, _wide(k)), jnp.zeros(v.shape, _wide(v))
+  (dk, dv), dq = jax.lax.scan(one_block, zeros, (q, ranges, lse, delta, g))
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
