@@ -65,9 +65,9 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   >>> spec_for("params/layers/mlp/up/kernel", (2, 64, 256), mesh)
   PartitionSpec(None, 'fsdp', 'tensor')
   """
-  if not shape:
-    return P()
   rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
+  if len(shape) < len(rule):  # a factor of adafactor's, or its placeholder
+    return P()
   axes = [None] * (len(shape) - len(rule)) + list(rule)
   return P(
     *(

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import optim
+from dpo_jax import optim, sharding
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import llama
 
@@ -192,6 +192,23 @@ def test_every_optimizer_goes_down_and_reads_the_schedule(name):
   close(still, params)
   after = run(optim.make(lambda step: 0.1 + 0 * step, name=name), params, grads)
   assert (np.sign(after["kernel"]) == [[-1, 1]]).all()
+
+
+@pytest.mark.parametrize("width", [16, 128])  # adafactor factors from 128 on
+@pytest.mark.parametrize("name", ["adamw", "lion", "rmsprop", "adafactor"])
+def test_every_state_of_an_optimizer_has_a_place_on_the_mesh(name, width):
+  config = llama.Config(
+    vocab_size=width, width=width, ffn=width, layers=2, heads=2, kv_heads=1,
+    head_dim=8, mlp_bias=True,
+  )  # fmt: skip
+  params = jax.eval_shape(llama.Model(config).init_variables, jax.random.key(0))
+  tx = optim.make(optax.constant_schedule(0.1), name=name)
+  state = jax.eval_shape(tx.init, params)
+  placed = sharding.shard_tree(state, sharding.make_mesh())
+  for leaf, place in zip(
+    jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
+  ):
+    assert len(place.spec) <= len(leaf.shape)
 
 
 def test_adafactor_goes_down():
