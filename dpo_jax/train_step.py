@@ -74,7 +74,10 @@ def train_step(
     microbatches, coupled=loss.batch_coupled,
   )  # fmt: skip
   count = jnp.maximum(sums["loss"].count, 1.0)
-  grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+  # Parts add up in float32; the optimizer's state has the dtype of the weights.
+  grads = jax.tree.map(
+    lambda g, p: (g / count).astype(p.dtype), grads, state.params
+  )
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total)
 

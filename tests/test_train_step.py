@@ -146,6 +146,22 @@ def test_parts_of_a_batch_give_the_whole_batchs_numbers(name):
     assert_same(state, results[1][0], 2e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_step_keeps_the_dtypes_of_its_state(name, parts):
+  loss, tx = losses.make(name), optax.adamw(1e-3)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(1))
+  state = make_state(tx)._replace(params=params, opt_state=tx.init(params))
+  after, _ = jax.eval_shape(
+    make_step(loss, microbatches=parts, tx=tx),
+    state,
+    params,
+    make_batch(loss.kind),
+  )
+  kept = jax.tree.map(lambda new, old: new.dtype == old.dtype, after, state)
+  assert all(jax.tree.leaves(kept))
+
+
 def test_the_kl_of_kto_is_that_of_the_global_batch_in_every_part():
   loss = losses.make("kto", beta=0.3)
   batch = make_batch("unpaired")
