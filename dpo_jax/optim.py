@@ -73,7 +73,7 @@ def make(
   Args:
     learning_rate: see `make_schedule`.
     name: adamw (the default, as in the Hugging Face trainer), sgd, lion,
-      rmsprop (the original DPO code's) or adafactor.
+      rmsprop (the original DPO code's, there with b2 0.99) or adafactor.
     b1: first-moment decay of adamw and lion.
     b2: second-moment decay of adamw, lion and rmsprop.
     epsilon: of adamw and rmsprop.
@@ -95,7 +95,9 @@ def make(
       learning_rate, b1, b2, weight_decay=weight_decay, mask=_decayed
     )
   elif name == "rmsprop":
-    tx = optax.rmsprop(learning_rate, b2, epsilon)
+    # Inside the root, as by default, an epsilon of 1e-8 would bound the
+    # divisor by 1e-4, which is more than most gradients of a large model.
+    tx = optax.rmsprop(learning_rate, b2, epsilon, eps_in_sqrt=False)
   elif name == "adafactor":
     tx = optax.adafactor(learning_rate)
   else:

@@ -194,6 +194,15 @@ def test_every_optimizer_goes_down_and_reads_the_schedule(name):
   assert (np.sign(after["kernel"]) == [[-1, 1]]).all()
 
 
+def test_rmsprop_adds_epsilon_to_the_root_as_torch_does():
+  tx = optim.make(
+    optax.constant_schedule(1.0),
+    name="rmsprop", b2=0.99, epsilon=1e-8, clip_norm=0.0,
+  )  # fmt: skip
+  after = run(tx, {"a": jnp.zeros(1)}, [{"a": jnp.full(1, 1e-6)}])
+  np.testing.assert_allclose(after["a"], -1e-6 / (1e-7 + 1e-8), rtol=1e-5)
+
+
 @pytest.mark.parametrize("width", [16, 128])  # adafactor factors from 128 on
 @pytest.mark.parametrize("name", ["adamw", "lion", "rmsprop", "adafactor"])
 def test_every_state_of_an_optimizer_has_a_place_on_the_mesh(name, width):
