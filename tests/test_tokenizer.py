@@ -175,6 +175,12 @@ def test_wrong_files_are_named(tmp_path, files, expected):
   assert expected in refusal(folder(tmp_path, **files))
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  ByteTokenizer().save(str(tmp_path / "mine"))
+  assert load_tokenizer("~/mine").vocab_size == ByteTokenizer().vocab_size
+
+
 def test_a_missing_tokenizer_names_what_was_expected(tmp_path):
   assert "no tokenizer.json there" in refusal(tmp_path)
 

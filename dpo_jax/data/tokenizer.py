@@ -7,6 +7,7 @@ byte tokenizer built in memory for runs without a checkpoint.
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -241,7 +242,9 @@ class ByteTokenizer(HFTokenizer):
 
 def load_tokenizer(spec: str) -> HFTokenizer:
   """`bytes`, or a directory that holds `tokenizer.json`. Raises DataError."""
-  return ByteTokenizer() if spec == "bytes" else HFTokenizer.load(spec)
+  if spec == "bytes":
+    return ByteTokenizer()
+  return HFTokenizer.load(os.path.expanduser(spec))
 
 
 def check_text(text: object, place: str) -> None:
