@@ -1,5 +1,6 @@
 """The loop: a run from its start, or from where it stopped, to its report."""
 
+import contextlib
 import logging
 import os
 import time
@@ -82,7 +83,8 @@ def _loop(run, state, reference, start, saved, log, begun):
   def evaluate(step):
     nonlocal evaluated
     if run.eval_plan is not None and evaluated != step:
-      result = run.evaluator(state.params, reference, run.eval_plan)
+      with log.untimed():
+        result = run.evaluator(state.params, reference, run.eval_plan)
       log.writer.write(step, "eval", result.means)
       evaluated = step
 
@@ -90,7 +92,8 @@ def _loop(run, state, reference, start, saved, log, begun):
     meta = run.identity() | {
       "step": step, "seconds": time.time() - begun, "log": log.pending()
     }  # fmt: skip
-    saved.save(step, state, meta)
+    with log.untimed():
+      saved.save(step, state, meta)
 
   if start == 0 or _due(start, t.eval_every):
     evaluate(start)
@@ -104,16 +107,17 @@ def _loop(run, state, reference, start, saved, log, begun):
       if previous:
         log.add(progress, *previous)
       previous = step, sums, tokens
-      last = step == run.steps
+      last, stopping = step == run.steps, stop.requested
       due = last or _due(step, t.eval_every)
-      if due or _due(step, t.checkpoint_every) or stop.requested:
+      saves = last or stopping or _due(step, t.checkpoint_every)
+      if due or saves:
         log.add(progress, *previous)
         previous = None
       if due:
         evaluate(step)
-      if last or _due(step, t.checkpoint_every) or stop.requested:
+      if saves:
         save(step)
-      if stop.requested and not last:
+      if stopping and not last:
         saved.wait()
         raise Stopped(f"stopped at step {step}; the same command continues")
   return state
@@ -191,6 +195,15 @@ class StepLog:
       row["tokens_per_second"] = self._tokens / seconds
     self.writer.write(step, "train", row)
     self._sums, self._tokens, self._since = {}, 0, (step, now)
+
+  @contextlib.contextmanager
+  def untimed(self) -> Iterator[None]:
+    """Leaves what is done inside out of the speed of the steps around it."""
+    begun = time.perf_counter()
+    yield
+    if self._since:
+      step, since = self._since
+      self._since = step, since + time.perf_counter() - begun
 
   def pending(self) -> dict[str, list[float]]:
     """What a checkpoint keeps, so that a resumed run writes the same rows."""

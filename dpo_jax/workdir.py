@@ -36,8 +36,13 @@ class Workdir:
       ConfigError: it cannot be written, or holds another run.
     """
     if self.config.exists():
-      saved = self._read(self.config)["identity"]
-      other = differences(saved, config.identity())
+      saved = self._read(self.config)
+      if not isinstance(saved, dict) or "identity" not in saved:
+        raise ConfigError(
+          f"work directory {self.path} holds a config.json that is not of a"
+          " run; take another directory"
+        )
+      other = differences(saved["identity"], config.identity())
       if other:
         raise ConfigError(
           f"work directory {self.path} holds another run ({other}); take"

@@ -152,6 +152,32 @@ def test_a_stopped_run_continues_to_the_same_numbers(
     assert ours == (finished[1] / "model" / name).read_bytes()
 
 
+def test_evaluation_and_saving_do_not_count_as_time_of_the_steps(
+  corpus, tmp_path, monkeypatch
+):
+  now = [0.0]
+  monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
+  real_add, real_save = train_module.StepLog.add, checkpoint.Checkpoints.save
+  monkeypatch.setattr(
+    train_module.StepLog, "add", lambda *a: (_pass(now, 1), real_add(*a))
+  )
+  monkeypatch.setattr(
+    checkpoint.Checkpoints, "save", lambda *a: (_pass(now, 9), real_save(*a))
+  )
+  config = _config(
+    corpus, **{"train.checkpoint_every": 1, "train.log_every": 1,
+               "sample.prompts": 0, "train.export": False}
+  )  # fmt: skip
+  train(config, tmp_path / "run")
+  rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+  speeds = [r["pairs_per_second"] for r in rows if "pairs_per_second" in r]
+  assert speeds == [config.train.batch_size] * (STEPS - 1)
+
+
+def _pass(now, seconds):
+  now[0] += seconds
+
+
 def test_a_finished_run_is_not_run_again(corpus, finished, monkeypatch):
   summary, workdir = finished
   monkeypatch.setattr(train_module, "finish", pytest.fail)
@@ -191,6 +217,13 @@ def test_a_file_in_place_of_the_work_directory_is_refused(corpus, tmp_path):
   with pytest.raises(ConfigError, match="taken"):
     train(_config(corpus), tmp_path / "taken")
   assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_with_a_config_of_something_else_is_refused(corpus, tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  with pytest.raises(ConfigError, match="not of a run"):
+    train(_config(corpus), tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_changed_data_is_not_continued(corpus, tmp_path, monkeypatch):
