@@ -11,13 +11,10 @@ and says what each variant is.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,13 +23,13 @@ import tempfile
 SCRIPTS = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
 
-from benchmarks.problem import Problem, gflop  # noqa: E402
+from benchmarks.problem import Problem  # noqa: E402
+from benchmarks.render import machine, table  # noqa: E402
 from benchmarks.worker import VARIANTS  # noqa: E402
 
 # It must stand before the backend starts. Without it XLA:CPU keeps far more
 # temporaries alive, in all JAX variants.
 XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "trl")
 COMPARED = 3  # losses
 
 
@@ -153,54 +150,6 @@ def _summary(child, problem) -> dict:
     "steps": len(timed),
     "losses": [row["loss"] for row in child.rows[:COMPARED]],
   }
-
-
-def machine(cores, threads) -> dict:
-  """What the numbers were measured on."""
-  cpu = platform.processor()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    names = [x for x in info.read_text().splitlines() if "model name" in x]
-    cpu = names[0].partition(":")[2].strip() if names else cpu
-  found = {p: importlib.util.find_spec(p) for p in PACKAGES}
-  return {
-    "date": datetime.date.today().isoformat(),
-    "cpu": cpu,
-    "cores": os.cpu_count(),
-    "used_cores": sorted(cores),
-    "threads": threads,
-    "python": platform.python_version(),
-    **{p: importlib.metadata.version(p) for p in PACKAGES if found[p]},
-  }
-
-
-def table(problem: Problem, rows: list[dict]) -> str:
-  """A markdown table; ratios are against the first row."""
-  lines = [
-    problem.name,
-    "",
-    "| variant | CPU s a step (range) | pairs/s | tokens/s | ratio |"
-    " XLA temp MB | peak RSS MB | losses |",
-    "|---|---|---|---|---|---|---|---|",
-  ]
-  for row in rows:
-    temp = f"{row['temp_mb']:.0f}" if row["temp_mb"] else "-"
-    losses = " ".join(f"{x:.6f}" for x in row["losses"])
-    lines.append(
-      f"| {row['variant']} | {row['cpu_seconds']:.2f}"
-      f" ({row['cpu_seconds_lowest']:.2f}-{row['cpu_seconds_highest']:.2f})"
-      f" | {row['pairs_per_cpu_second']:.2f}"
-      f" | {row['tokens_per_cpu_second']:.0f}"
-      f" | {row['cpu_seconds'] / rows[0]['cpu_seconds']:.2f}x"
-      f" | {temp} | {row['peak_rss_mb']:.0f} | {losses} |"
-    )
-  lines += [
-    "",
-    "Matrix products by the cost model:"
-    f" {gflop(problem, True):.0f} GFLOP shared,"
-    f" {gflop(problem, False):.0f} concatenated.",
-  ]
-  return "\n".join(lines)
 
 
 def main() -> None:

@@ -78,8 +78,6 @@ def concat(
   _run(problem, path, pause, step, jnp.asarray(tokens))
 
 
-
-
 def _run(problem, path, pause, step, batch):
   state, reference = state_and_reference(problem, path, _optimizer(problem))
   compiled = jax.jit(step, donate_argnums=0)

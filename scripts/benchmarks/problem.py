@@ -24,7 +24,7 @@ class Problem:
   ffn: int = 704
   vocab: int = 32_000
   beta: float = 0.1
-  learning_rate: float = 1e-4
+  learning_rate: float = 1e-5
   seed: int = 0
 
   @property
