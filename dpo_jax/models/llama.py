@@ -144,7 +144,8 @@ class Llama(nn.Module):
         compute.param_dtype,
       )
     pin = compute.pin_activations
-    x = pin(embed[tokens].astype(compute.dtype))
+    table = compute.pin_weights({"embed": embed})["embed"]
+    x = pin(table[tokens].astype(compute.dtype))
 
     def one_layer(x, layer):
       weights, cache = layer
