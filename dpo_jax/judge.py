@@ -38,9 +38,10 @@ def judge(config: Config) -> dict[str, Any]:
   limit = config.data.eval_rows
   data = dataclasses.replace(config.data, eval_rows=0, eval_source="")
   built = build(config)
-  examples = load_data(
+  loaded = load_data(
     dataclasses.replace(config, data=data), built, loss.kind, limit
-  ).train
+  )
+  examples = loaded.train
   plan = Plan(
     examples,
     batch_size=config.train.eval_batch_size or config.train.batch_size,
@@ -70,6 +71,7 @@ def judge(config: Config) -> dict[str, Any]:
     "loss": loss.name,
     "options": dict(loss.options),
     "examples": len(examples),
+    "examples_there": loaded.reports["train"]["examples"],
     "metrics": result.means,
     "subsets": subsets,
     "kl": kl,
@@ -79,9 +81,11 @@ def judge(config: Config) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
   """The result of `judge` as lines to read."""
+  used, there = result["examples"], result["examples_there"]
+  part = f" of {there} (--config.data.eval_rows=0 takes all)"
   lines = [
     f"{result['model']} against {result['reference'] or 'no reference'}:"
-    f" {result['examples']} examples of {result['source']}",
+    f" {used}{part if used < there else ''} examples of {result['source']}",
   ]
   lines += [f"  {k:20s} {v:10.4f}" for k, v in result["metrics"].items()]
   if result["kl"]:

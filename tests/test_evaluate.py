@@ -305,6 +305,14 @@ def test_judging_a_file_gives_means_subsets_and_kl(folders):
     assert word in text
 
 
+def test_judging_a_part_of_a_file_says_so(folders):
+  config = settings(folders)
+  data = dataclasses.replace(config.data, eval_rows=9)
+  result = judge.judge(dataclasses.replace(config, data=data))
+  assert result["examples"] == 9
+  assert "9 of 14 (--config.data.eval_rows=0 takes" in judge.render(result)
+
+
 def test_kl_is_0_where_the_policy_is_its_reference(folders):
   built = build(settings(folders))
   variables = load_variables(settings(folders), built)
