@@ -1,8 +1,12 @@
 """Whole runs: what they leave behind, and what stopping them changes."""
 
+import contextlib
 import dataclasses
 import json
+import pathlib
+import runpy
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +24,7 @@ from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
 from dpo_jax.writers import read_metrics
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 6
 
 
@@ -176,6 +181,18 @@ def test_evaluation_and_saving_do_not_count_as_time_of_the_steps(
 
 def _pass(now, seconds):
   now[0] += seconds
+
+
+def test_a_stopped_quickstart_ends_without_a_traceback(
+  tmp_path, monkeypatch, capsys
+):
+  quickstart = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))
+  stop = mock.Mock(side_effect=Stopped("stopped at step 7"))
+  monkeypatch.setattr(train_module, "train", stop)
+  monkeypatch.setattr("dpo_jax.main.guard", contextlib.nullcontext)
+  monkeypatch.setattr("sys.argv", ["quickstart.py", f"--workdir={tmp_path}"])
+  quickstart["main"]()
+  assert capsys.readouterr().out.endswith("stopped at step 7\n")
 
 
 def test_a_finished_run_is_not_run_again(corpus, finished, monkeypatch):
