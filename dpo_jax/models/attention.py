@@ -39,7 +39,7 @@ def attention(
       query of a block sees and recomputes scores in the backward
       (`blockwise.py`); "dense" is the plain form with a [B T U] mask, the
       oracle of the tests, and what short rows use.
-    block: queries, and keys, per block.
+    block: queries per block; rows that are no longer than it are dense.
 
   Returns:
     f[B T H h], in the dtype of q; scores and softmax are float32.

@@ -26,25 +26,26 @@ def blockwise_attention(
   *,
   scale: float,
   block: int = 128,
+  key_block: int = 64,
 ) -> jax.Array:
   """See `attention.attention`; f[B T H h] and f[B U K h] -> f[B T H h]."""
   B, T, H, h = q.shape
   U, K = k.shape[1:3]
-  G, queries, keys = H // K, -(-T // block), -(-U // block)
+  G, queries, keys = H // K, -(-T // block), -(-U // key_block)
 
-  def blocks(x, n):
+  def blocks(x, n, block):
     """[B T ...] -> [n B block ...]; padded queries see nothing."""
     short = n * block - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, n, block, *x.shape[2:]), 1, 0)
 
-  q = blocks(q, queries).reshape(queries, B, block, K, G, h)
+  q = blocks(q, queries, block).reshape(queries, B, block, K, G, h)
   q = q.transpose(0, 1, 3, 4, 2, 5).reshape(queries, B, K, G * block, h)
-  k, v = (blocks(x, keys).transpose(0, 1, 3, 2, 4) for x in (k, v))
-  start, end = blocks(key_start, queries), blocks(key_end, queries)
+  k, v = (blocks(x, keys, key_block).transpose(0, 1, 3, 2, 4) for x in (k, v))
+  start, end = (blocks(x, queries, block) for x in (key_start, key_end))
   seen = end > start
-  first = jnp.where(seen, start, U).min(axis=(1, 2)) // block
-  last = -(-jnp.where(seen, end, 0).max(axis=(1, 2)) // block)
+  first = jnp.where(seen, start, U).min(axis=(1, 2)) // key_block
+  last = -(-jnp.where(seen, end, 0).max(axis=(1, 2)) // key_block)
   out = _attend(q, k, v, (start, end, first, last), scale)
   out = out.reshape(queries, B, K, G, block, h).transpose(1, 0, 4, 2, 3, 5)
   return out.reshape(B, queries * block, H, h)[:, :T]
