@@ -87,10 +87,11 @@ class Checkpoints:
   def _restore(self, step, **items):
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, ValueError, KeyError) as e:
-      reason = " ".join(str(e).split())[:500]
+    except Exception as e:  # of damaged arrays orbax raises no narrower one
+      reason = " ".join(str(e).split())[:300]
       raise CheckpointError(
-        f"{self.directory}: step {step} cannot be restored: {reason}"
+        f"{self.directory}: step {step} cannot be restored; delete"
+        f" {self.directory}/{step} to continue from the step before: {reason}"
       ) from e
 
   def _check_arrays(self, step, abstract) -> None:

@@ -51,14 +51,15 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       return place.read_summary()
     state, log = run.first_state(), StepLog(run)
     reference = run.load_reference(state.params)
+    answerer = run.answerer()
+    if answerer and not place.samples.exists():
+      place.write_jsonl(place.samples, sample_rows(answerer(state.params)))
     if start:
+      del state  # makes room for the one that is read
       state, earlier = _continue(saved, start, run, log)
       begun -= earlier
     if config.reference.precompute and run.loss.needs_reference:
       run.precompute(reference)
-    answerer = run.answerer()
-    if answerer and not place.samples.exists():
-      place.write_jsonl(place.samples, sample_rows(answerer(state.params)))
     with MetricsWriter(
       place.path,
       tensorboard=config.log.tensorboard,

@@ -5,7 +5,9 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import shutil
 import signal
+import weakref
 from unittest import mock
 
 import jax
@@ -265,6 +267,44 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path):
     pytest.raises(CheckpointError, match=r"\[2, 16, 32\].*\[2, 16, 48\]"),
   ):
     saved.restore(STEPS, wider.abstract_state)
+
+
+def test_a_damaged_checkpoint_is_named(corpus, finished, tmp_path):
+  copy = shutil.copytree(finished[1] / "checkpoints", tmp_path / "copy")
+  files = [p for p in (copy / str(STEPS)).rglob("d/*") if p.is_file()]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  run = Run(_config(corpus))
+  with (
+    checkpoint.Checkpoints(copy) as saved,
+    pytest.raises(CheckpointError, match=f"delete .*{STEPS} to continue"),
+  ):
+    saved.restore(STEPS, run.abstract_state)
+
+
+def test_answers_before_are_those_of_step_0_also_where_they_were_lost(
+  corpus, finished, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[1], workdir)
+  for name in ("samples.jsonl", "summary.json"):
+    (workdir / name).unlink()
+  first, states = Run.first_state, []
+
+  def first_state(run):
+    state = first(run)
+    states.append(weakref.ref(jax.tree.leaves(state.opt_state)[-1]))
+    return state
+
+  def restore(saved, step, abstract, real=checkpoint.Checkpoints.restore):
+    assert states[0]() is None, "two states at a time"
+    return real(saved, step, abstract)
+
+  monkeypatch.setattr(Run, "first_state", first_state)
+  monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
+  train(_config(corpus), workdir)
+  ours, whole = (d / "samples.jsonl" for d in (workdir, finished[1]))
+  assert ours.read_text() == whole.read_text()
 
 
 def test_saving_a_step_twice_is_an_error_and_not_silence(finished, corpus):
