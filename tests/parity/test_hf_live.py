@@ -37,9 +37,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_reads_checkpoints(rng, tmp_path, kind, sharded):
   theirs = hf_model(hf_config(rng, **CHECKPOINTS[kind]))
-  theirs.save_pretrained(
-    tmp_path, max_shard_size="10KB" if sharded else "1GB"
-  )
+  theirs.save_pretrained(tmp_path, max_shard_size="10KB" if sharded else "1GB")
   assert (tmp_path / "model.safetensors").exists() != sharded
   ids = rng.integers(0, theirs.config.vocab_size, (2, 150))
   np.testing.assert_allclose(

@@ -118,9 +118,7 @@ def test_training_steps(rng, tmp_path):
   ]
   beta = float(rng.uniform(0.05, 0.5))
   options = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
-  theirs, trained = _train_trl(
-    str(tmp_path), examples, pairs, options, beta
-  )
+  theirs, trained = _train_trl(str(tmp_path), examples, pairs, options, beta)
 
   model, params = load(tmp_path)
   _, reference = load(tmp_path)
