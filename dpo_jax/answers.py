@@ -74,10 +74,18 @@ class Answerer:
     rewards = None
     if self.reward:
       rewards = [
-        float(self.reward(p, r))
-        for p, r in zip(prompts, responses, strict=True)
+        self._score(p, r) for p, r in zip(prompts, responses, strict=True)
       ]
     return Answers(prompts, responses, rewards, sampled)
+
+  def _score(self, prompt: str, response: str) -> float:
+    try:
+      return float(self.reward(prompt, response))
+    except Exception as e:
+      raise ConfigError(
+        f"config.sample.reward={self.settings.reward!r} failed on a prompt and"
+        f" a response: {type(e).__name__}: {e}"
+      ) from e
 
   def kl(
     self, policy: Variables, reference: Variables, sampled: Sampled
@@ -97,7 +105,7 @@ class Answerer:
     mesh, score = self._built.mesh, self._built.score
     plan = Plan(
       as_examples(self.prompts, responses),
-      batch_size=len(responses),
+      batch_size=min(len(responses), 32),
       shuffle=False,
       rows_multiple=sharding.batch_shards(mesh),
       scored_multiple=8 * mesh.shape["tensor"],

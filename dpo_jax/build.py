@@ -1,6 +1,7 @@
 """From a config to the objects of a run: mesh, tokenizer, model, data."""
 
 import functools
+import logging
 import os
 import types
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from dpo_jax.config import Config
 from dpo_jax.data.encode import EncodeSettings
 from dpo_jax.data.store import Examples, check_vocabulary, load_examples
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.errors import ConfigError
+from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import hf
 from dpo_jax.score import Score, make_score
 
+_LOG = logging.getLogger("dpo_jax")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -75,6 +77,13 @@ def build(config: Config) -> Built:
       f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary"
       f" only {shape.vocab_size}; they do not belong together"
     )
+  if config.data.max_length > shape.max_length:
+    _LOG.warning(
+      "data.max_length %d is beyond the %d positions that the model was made"
+      " for",
+      config.data.max_length,
+      shape.max_length,
+    )
   model = family.Model(shape, compute)
   abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
   abstract = jax.tree.map(
@@ -92,6 +101,12 @@ def load_variables(config: Config, built: Built, path: str = "") -> Any:
   path = path or config.model.path
   if path:
     path = os.path.expanduser(path)
+    _, shape = hf.read_config(path)
+    if shape != built.model.config:
+      raise CheckpointError(
+        f"{path}: a model of another config than {config.model.path}:"
+        f" {shape} there, {built.model.config} here"
+      )
     return hf.load_variables(path, built.family.HF_NAMES, built.abstract)
   shardings = jax.tree.map(lambda x: x.sharding, built.abstract)
   init = jax.jit(built.model.init_variables, out_shardings=shardings)
@@ -125,13 +140,13 @@ def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
     ),
     cache_dir=os.path.expanduser(d.cache_dir),
   )
-  train = load(d.source, d.split)
+  train = load(os.path.expanduser(d.source), d.split)
   check_vocabulary(train, built.model.config.vocab_size)
   reports = {"train": train.report}
   if limit:
     train, _ = _first_rows(train, limit)
   if d.eval_source:
-    held_out = load(d.eval_source, d.eval_split)
+    held_out = load(os.path.expanduser(d.eval_source), d.eval_split)
     check_vocabulary(held_out, built.model.config.vocab_size)
     reports["eval"] = held_out.report
     if d.eval_rows:

@@ -35,13 +35,15 @@ def check(config: Config, *, visible: bool = False) -> str:
     d.max_length, d.max_prompt_length, loss.kind, d.on_bad_row
   )
   cache = os.path.expanduser(d.cache_dir)
-  examples = load_examples(d.source, d.split, tokenizer, settings, cache)
+  source = os.path.expanduser(d.source)
+  examples = load_examples(source, d.split, tokenizer, settings, cache)
   plan = Plan(
     examples,
     batch_size=config.train.batch_size,
     steps=max(1, len(examples) // config.train.batch_size),
     seed=config.seed,
     row_length=d.row_length,
+    row_counts=d.row_counts,
   )
   batch, _ = plan[0]
   lines = [
@@ -99,8 +101,8 @@ def _lengths(examples: Examples) -> list[str]:
 def _packing(examples: Examples, plan: Plan) -> list[str]:
   prompt = examples.prompt_lengths.astype(np.int64)
   first, second = examples.chosen_lengths, examples.rejected_lengths
-  longest = prompt + np.maximum(first, second)
-  branches = 2 if examples.kind == "paired" else 1
+  longest = prompt + np.maximum(first, second)  # KTO: of its completion
+  branches = 1 if examples.kind == "sft" else 2
   padded = sum(
     branches * len(members) * int(longest[members].max())
     for members in map(plan.members, range(len(plan)))

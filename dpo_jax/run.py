@@ -13,6 +13,7 @@ from dpo_jax.build import Built, build, load_data, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 
 
@@ -27,6 +28,16 @@ class Run:
     """
     self.config = config
     self.loss = config.make_loss()
+    if config.reference.precompute and self.loss.kind == "unpaired":
+      raise ConfigError(
+        "config.reference.precompute does not go with unpaired losses, whose"
+        " mismatched completions change from step to step"
+      )
+    if jax.process_count() > 1:
+      raise ConfigError(
+        f"{jax.process_count()} processes: a run is one process for now, with"
+        " all devices of its host"
+      )
     self.built = built or build(config)
     mesh = self.built.mesh
     self.data = load_data(config, self.built, self.loss.kind)
@@ -86,7 +97,8 @@ class Run:
     c = self.config
     reference = None
     if self.loss.needs_reference:
-      reference = c.reference.path or c.model.path or f"random {c.seed}"
+      path = c.reference.path or c.model.path
+      reference = hf.fingerprint(path) if path else f"random {c.seed}"
     return {
       "loss": repr(self.loss),
       "data": self.data.train.fingerprint,
@@ -95,11 +107,6 @@ class Run:
 
   def precompute(self, reference: Any) -> None:
     """Scores training pairs under the reference once, for all steps."""
-    if self.loss.kind == "unpaired":
-      raise ConfigError(
-        "config.reference.precompute does not go with unpaired losses, whose"
-        " mismatched completions change from step to step"
-      )
     plan = self._plan(self.data.train, self.config.train.batch_size)
     self.train_plan.reference_logps = evaluate.score_examples(
       self.built.score, reference, plan, self.built.mesh

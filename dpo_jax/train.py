@@ -46,6 +46,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   place.claim(config)
   with Checkpoints(place.checkpoints, config.train.keep_checkpoints) as saved:
     start = saved.latest_step() or 0
+    if start:
+      _check_same_run(saved, start, run)
     if start == run.steps and place.summary.exists():
       _LOG.info("%s: complete, nothing to do", place.path)
       return place.read_summary()
@@ -144,16 +146,19 @@ def _last_evaluated(path) -> int | None:
   return rows[-1] if rows else None
 
 
-def _continue(saved: Checkpoints, step: int, run: Run, log: "StepLog"):
+def _check_same_run(saved: Checkpoints, step: int, run: Run) -> None:
   meta = saved.meta(step)
-  mine = run.identity()
-  for key, value in mine.items():
+  for key, value in run.identity().items():
     if meta.get(key) != value:
       raise CheckpointError(
         f"{saved.directory}: step {step} was trained with another {key}"
         f" ({meta.get(key)!r}, now {value!r}); continue with what it had, or"
         " take another work directory"
       )
+
+
+def _continue(saved: Checkpoints, step: int, run: Run, log: "StepLog"):
+  meta = saved.meta(step)
   log.restore(meta["log"])
   _LOG.info("continuing at step %d of %d", step, run.steps)
   return saved.restore(step, run.abstract_state), meta["seconds"]

@@ -78,7 +78,8 @@ def train_step(
   grads = jax.tree.map(
     lambda g, p: (g / count).astype(p.dtype), grads, state.params
   )
-  norm = optax.tree.norm(grads)
+  # In float32 also where the weights are bfloat16.
+  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
   finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total)
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -25,6 +25,7 @@ class Workdir:
     self.path = pathlib.Path(path).expanduser().absolute()
     self.config = self.path / "config.json"
     self.checkpoints = self.path / "checkpoints"
+    self.metrics = self.path / "metrics.jsonl"
     self.samples = self.path / "samples.jsonl"
     self.summary = self.path / "summary.json"
     self.model = self.path / "model"
@@ -36,14 +37,8 @@ class Workdir:
       ConfigError: it cannot be written, or holds another run.
     """
     if self.config.exists():
-      saved = self._read(self.config)
-      if not isinstance(saved, dict) or "identity" not in saved:
-        raise ConfigError(
-          f"work directory {self.path} holds a config.json that is not of a"
-          " run; take another directory"
-        )
-      other = differences(saved["identity"], config.identity())
-      if other:
+      other = self._differences(config)
+      if other and self._begun():
         raise ConfigError(
           f"work directory {self.path} holds another run ({other}); take"
           " another directory, or the same settings to continue"
@@ -55,7 +50,8 @@ class Workdir:
       )
 
   def claim(self, config: Config) -> None:
-    """Makes the directory this run's.
+    """Makes the directory this run's. What an attempt with other settings
+    left that never came to a checkpoint is removed.
 
     Raises:
       ConfigError: it cannot be written, or holds another run.
@@ -63,6 +59,9 @@ class Workdir:
     self.check(config)
     try:
       self.path.mkdir(parents=True, exist_ok=True)
+      if self.config.exists() and self._differences(config):
+        for file in (self.samples, self.metrics):
+          file.unlink(missing_ok=True)
       self.write_json(
         self.config,
         {"config": config.to_dict(), "identity": config.identity()},
@@ -88,6 +87,19 @@ class Workdir:
       return None
     lines = self.samples.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+  def _differences(self, config: Config) -> str:
+    saved = self._read(self.config)
+    if not isinstance(saved, dict) or "identity" not in saved:
+      raise ConfigError(
+        f"work directory {self.path} holds a config.json that is not of a"
+        " run; take another directory"
+      )
+    return differences(saved["identity"], config.identity())
+
+  def _begun(self) -> bool:
+    """Whether there is anything to continue or to lose."""
+    return any(self.checkpoints.glob("[0-9]*")) or self.summary.exists()
 
   def read_summary(self) -> dict[str, Any]:
     return self._read(self.summary)

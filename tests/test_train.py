@@ -364,3 +364,50 @@ def test_too_many_steps_that_are_not_finite_end_the_run(corpus, tmp_path):
   )  # at the reference the loss is log 2 and its gradient overflows
   with pytest.raises(UserError, match="2 steps in a row"):
     train(config, tmp_path / "run")
+
+
+def test_an_attempt_without_a_checkpoint_does_not_block_its_directory(
+  corpus, tmp_path, monkeypatch
+):
+  def fail(*_):
+    raise RuntimeError("out of memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train_module, "_loop", fail)
+    with pytest.raises(RuntimeError):
+      train(_config(corpus, **{"loss.beta": 0.3}), tmp_path / "run")
+  train(_config(corpus), tmp_path / "run")
+  assert len(_rows(tmp_path / "run")) == 6
+
+
+def test_a_reference_that_was_retrained_is_not_continued_with(
+  corpus, finished, tmp_path, monkeypatch
+):
+  start = tmp_path / "start"
+  shutil.copytree(finished[1] / "model", start)
+  config = _config(corpus, **{"model.path": str(start)})
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 2)
+    with pytest.raises(Stopped):
+      train(config, tmp_path / "run")
+  weights = start / "model.safetensors"
+  data = bytearray(weights.read_bytes())
+  data[-1] ^= 1
+  weights.write_bytes(bytes(data))
+  with pytest.raises(CheckpointError, match="another reference"):
+    train(config, tmp_path / "run")
+
+
+def test_a_reference_of_another_config_is_refused(corpus, finished, tmp_path):
+  model = finished[1] / "model"
+  other = tmp_path / "other"
+  shutil.copytree(model, other)
+  shape = json.loads((other / "config.json").read_text())
+  shape["rope_theta"] = 5e5
+  (other / "config.json").write_text(json.dumps(shape))
+  config = _config(
+    corpus, **{"model.path": str(model), "reference.path": str(other)}
+  )
+  run = Run(config)
+  with pytest.raises(CheckpointError, match="another config"):
+    run.load_reference(None)

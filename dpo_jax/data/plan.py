@@ -106,8 +106,10 @@ class Plan:
     shape = self.shape
     batch = empty_batch(int(self._row_count[step]), shape)
     ids = np.full(batch.weights.shape, -1, np.int64)
+    others = self._others(members) if self._mismatched else members
     for row, places in enumerate(self._rows(step)):
-      fill_row(batch, row, (self._example(members, i) for i in places))
+      examples = (self._example(members[i], others[i]) for i in places)
+      fill_row(batch, row, examples)
       ids[row, : len(places)] = members[places]
     if self.reference_logps is not None:
       known = self.reference_logps[np.maximum(ids, 0)]
@@ -148,12 +150,9 @@ class Plan:
       others[i] = different[0] if len(different) else before
     return others
 
-  def _example(self, members, i) -> Example:
-    x, e = self.examples, members[i]
-    if self._mismatched:
-      second = x.chosen(self._others(members)[i])
-    else:
-      second = x.rejected(e)
+  def _example(self, e: int, other: int) -> Example:
+    x = self.examples
+    second = x.chosen(other) if self._mismatched else x.rejected(e)
     return Example(x.prompt(e), x.chosen(e), second, bool(x.desirable[e]))
 
   def _costs(self, members) -> tuple[np.ndarray, np.ndarray]:
