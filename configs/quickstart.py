@@ -33,8 +33,8 @@ def get_config(arg=None):
   config.sample.reward = "dpo_jax.data.corpus:true_reward"
   if arg.stage == "sft":
     config.data.source = f"{arg.root}/data/sft.jsonl"
-    config.train.steps = 240
-    config.optim.learning_rate = 3e-3
+    config.train.steps = 300
+    config.optim.learning_rate = 4e-3
     config.optim.schedule = "cosine"
   else:
     config.model.path = f"{arg.root}/sft/model"

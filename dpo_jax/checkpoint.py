@@ -1,8 +1,8 @@
 """Checkpoints of a run: the state, the step, and what they belong to.
 
 Orbax writes asynchronously and atomically. Beside the state lies a small JSON
-document that says which run it is; a checkpoint of another one is refused with
-both sides named.
+document that says which run it is and what arrays there are; a state of other
+arrays is refused with both sides named.
 """
 
 import os
