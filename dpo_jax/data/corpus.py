@@ -64,7 +64,7 @@ def _ask(rng: random.Random) -> str:
 
 def _answer(rng: random.Random, prompt: str) -> str:
   subject = prompt.partition("What is ")[2].partition(" like")[0]
-  if rng.random() < 0.1:
+  if rng.random() < 0.04:
     subject = f"{rng.choice(_PEOPLE)}'s {rng.choice(_THINGS)}"
   first, second = (rng.choice(rng.choice((KIND, UNKIND))) for _ in range(2))
   return f" {subject} is {first} and {second}."
