@@ -1,11 +1,14 @@
 """The batch: arrays that describe packed, mirrored rows.
 
-A pair lies in one row, its rejected branch reversed in front of the prompt:
+A pair lies in one row, its rejected branch reversed in front of the prompt. For
+the prompt p1 p2 p3 p4 and responses of three tokens:
 
-    row        r3  r2  r1 | p1  p2  p3 | c1  c2  c3
-    position    5   4   3 |  0   1   2 |  3   4   5
-    sees from   own index |  p1's      |  p1's index
-    sees up to  p3        |  own index |  own index
+    predicts   l3  l2  l1 |             | c1  c2  c3
+    row        l2  l1  p4 | p1  p2  p3  | p4  c1  c2
+    position    5   4   3 |  0   1   2  |  3   4   5
+    index       0   1   2 |  3   4   5  |  6   7   8
+    key_start   0   1   2 |  3   3   3  |  3   3   3
+    key_end     6   6   6 |  4   5   6  |  7   8   9
 
 Attention knows order only through positions and mask, so this computes what two
 separate sequences would, with the prompt once; and the keys that any query sees

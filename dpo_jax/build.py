@@ -155,8 +155,9 @@ def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
     held_out, train = _first_rows(train, d.eval_rows)
     if not len(train):
       raise ConfigError(
-        f"config.data.eval_rows={d.eval_rows} holds out all of {d.source};"
-        " nothing is left to train on"
+        f"config.data.eval_rows={d.eval_rows} holds out all"
+        f" {len(held_out)} examples of {d.source} and leaves nothing to train"
+        " on; lower it, or name a config.data.eval_source"
       )
   else:
     held_out = None

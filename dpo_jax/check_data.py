@@ -47,7 +47,7 @@ def check(config: Config, *, visible: bool = False) -> str:
   )
   batch, _ = plan[0]
   lines = [
-    *_counts(examples),
+    *_counts(examples, 0 if d.eval_source else d.eval_rows),
     *_lengths(examples),
     *_packing(examples, plan),
     "row 0 of step 0",
@@ -59,12 +59,13 @@ def check(config: Config, *, visible: bool = False) -> str:
   return "\n".join(lines)
 
 
-def _counts(examples: Examples) -> list[str]:
+def _counts(examples: Examples, eval_rows: int) -> list[str]:
   report = examples.report
+  held_out = f", the first {eval_rows} rows held out" if eval_rows else ""
   lines = [
     f"source      {report['source']}",
     f"format      {examples.format}, used as {examples.kind}",
-    f"rows        {report['rows']} read, {len(examples)} examples",
+    f"rows        {report['rows']} read, {len(examples)} examples{held_out}",
   ]
   for title in ("dropped", "changed"):
     counts = report[title]

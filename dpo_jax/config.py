@@ -141,7 +141,9 @@ class Config:
     try:
       return losses.make(**options)
     except ValueError as e:
-      raise ConfigError(f"config.loss: {e}") from e
+      own = "; one of your own is known once the config file imports it"
+      hint = own if "unknown loss" in str(e) else ""
+      raise ConfigError(f"config.loss: {e}{hint}") from e
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)

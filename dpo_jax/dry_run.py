@@ -101,8 +101,8 @@ def render_summary(summary: dict[str, Any]) -> str:
     )
   if summary.get("kl_to_reference") is not None:
     lines.append(
-      f"  {'KL to reference':18s} {summary['kl_to_reference']:.2f} nats a"
-      " response"
+      f"  {'KL to reference':18s} {summary['kl_to_reference']:.2f} +-"
+      f" {summary['kl_standard_error']:.2f} nats a response, estimated"
     )
   for key, name in (("model_dir", "model"), ("report", "report")):
     if summary.get(key):

@@ -84,6 +84,7 @@ def render(result: dict[str, Any]) -> str:
   used, there = result["examples"], result["examples_there"]
   part = f" of {there} (--config.data.eval_rows=0 takes all)"
   lines = [
+    f"{result['loss']} {result['options']}",
     f"{result['model']} against {result['reference'] or 'no reference'}:"
     f" {used}{part if used < there else ''} examples of {result['source']}",
   ]

@@ -64,7 +64,10 @@ def _read_config() -> Config:
   try:
     values = _CONFIG.value.to_dict()
   except OSError as e:
-    raise UserError(f"--config: {_one_line(e)}") from e
+    if "No such file" not in str(e):
+      raise UserError(f"--config: {_one_line(e)}") from e
+    path = str(e).strip().splitlines()[-1].rpartition(": ")[2]
+    raise UserError(f"--config={path.strip(chr(39))}: no such file") from e
   except AttributeError as e:
     raise UserError(
       "--config: get_config of the file should return a ConfigDict, not"

@@ -101,9 +101,10 @@ def _loop(run, state, reference, start, saved, log, begun):
   if start == 0 or _due(start, t.eval_every):
     evaluate(start)
   previous = None
+  unit = "pairs" if run.loss.kind == "paired" else "examples"
   with (
     StopSignal() as stop,
-    Progress(run.steps, start, batch_size=t.batch_size) as progress,
+    Progress(run.steps, start, batch_size=t.batch_size, unit=unit) as progress,
   ):
     for step, batch, tokens in _batches(run, start):
       state, sums = run.step(state, online, batch)
@@ -152,8 +153,8 @@ def _check_same_run(saved: Checkpoints, step: int, run: Run) -> None:
     if meta.get(key) != value:
       raise CheckpointError(
         f"{saved.directory}: step {step} was trained with another {key}"
-        f" ({meta.get(key)!r}, now {value!r}); continue with what it had, or"
-        " take another work directory"
+        f" ({str(meta.get(key))[-40:]}, now {str(value)[-40:]}); continue with"
+        " what it had, or take another work directory"
       )
 
 

@@ -787,6 +787,21 @@ def test_hyper_parameters_may_be_numpy_numbers_but_not_infinite():
     losses.make("dpo", beta=float("inf"))
 
 
+def test_a_made_loss_takes_arrays_by_position_too():
+  arrays = [jnp.array([float(i)]) for i in range(4)]
+  ours = losses.make("dpo", beta=0.5)(*arrays)
+  assert float(ours.loss[0]) == float(losses.dpo(*arrays, beta=0.5).loss[0])
+
+
+def test_a_loss_that_returns_no_output_is_refused_when_made(registry):
+  @losses.register
+  def returns_an_array(policy_chosen_logps):
+    return -policy_chosen_logps
+
+  with pytest.raises(ValueError, match="LossOutput"):
+    losses.make("returns_an_array")
+
+
 def test_per_token_ipo_says_that_it_needs_lengths():
   one = jnp.ones(1)
   with pytest.raises(ValueError, match="chosen_lengths"):

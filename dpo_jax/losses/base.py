@@ -103,7 +103,8 @@ def reduce(
 class Loss:
   """A registered loss with its hyper-parameters fixed; hashable, comparable.
 
-  Call it with arrays by name; it takes those it needs and ignores the rest.
+  Call it with arrays by name, of which it takes those it needs and ignores the
+  rest, or by position in the order of `needs`.
   """
 
   name: str
@@ -134,8 +135,9 @@ class Loss:
     """True where one example's loss depends on the others of the batch."""
     return "weights" in self.needs
 
-  def __call__(self, **inputs: jax.Array) -> LossOutput:
+  def __call__(self, *arrays: jax.Array, **inputs: jax.Array) -> LossOutput:
     parameters = _positional(self.function)
+    inputs |= dict(zip(parameters, arrays, strict=False))
     missing = [
       name
       for name, parameter in parameters.items()
@@ -158,6 +160,10 @@ def register(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
 
   The registered function computes in float32 whatever comes in (float64 stays
   float64): sums of log-probs lose whole nats in bfloat16.
+
+  Args:
+    function: pure, of arrays named as in `INPUTS` and keyword-only
+      hyper-parameters, returning a `LossOutput`.
 
   Raises:
     TypeError: a positional parameter is not one of `INPUTS`, or a keyword-only
@@ -222,7 +228,13 @@ def make(name: str, **options: Any) -> Loss:
   loss = Loss(name, tuple(sorted({**known, **options}.items())))
   # Ranges are checked by the functions themselves, while being traced.
   example = jax.ShapeDtypeStruct((1,), jnp.float32)
-  jax.eval_shape(lambda inputs: loss(**inputs), dict.fromkeys(INPUTS, example))
+  inputs = dict.fromkeys(INPUTS, example)
+  out = jax.eval_shape(lambda inputs: loss(**inputs), inputs)
+  if not isinstance(out, LossOutput):
+    raise ValueError(
+      f"loss {name!r} should return losses.LossOutput(loss, metrics), not the"
+      " loss alone"
+    )
   return loss
 
 
