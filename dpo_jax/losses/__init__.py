@@ -4,44 +4,112 @@
 >>> out = losses.dpo(pi_w, pi_l, ref_w, ref_l, beta=0.1)  # per example
 >>> loss = out.loss.mean()
 
-`make(name, **options)` gives the same by name, for configs and sweeps.
+`make(name, **options)` gives the same by name, for configs and sweeps, and
+mixtures and modifiers of them; `print(describe())` lists all there are.
 """
 
+from dpo_jax.losses.alphapo import alphapo
+from dpo_jax.losses.aot import aot
+from dpo_jax.losses.aot_unpaired import aot_unpaired
+from dpo_jax.losses.apo_down import apo_down
+from dpo_jax.losses.apo_zero import apo_zero
+from dpo_jax.losses.apo_zero_unpaired import apo_zero_unpaired
 from dpo_jax.losses.base import (
   INPUTS,
-  Loss,
   LossOutput,
   Sums,
   Weighted,
-  defaults,
-  make,
-  names,
+  binary_nll,
   pair_metrics,
   reduce,
-  register,
+  unpaired_metrics,
 )
+from dpo_jax.losses.bco import bco
+from dpo_jax.losses.bco_pair import bco_pair
+from dpo_jax.losses.cpo import cpo
+from dpo_jax.losses.cpo_simpo import cpo_simpo
+from dpo_jax.losses.describe import describe
+from dpo_jax.losses.discopop import discopop
+from dpo_jax.losses.divergences import DIVERGENCES, divergence_score
 from dpo_jax.losses.dpo import dpo
+from dpo_jax.losses.dpop import dpop
+from dpo_jax.losses.exo import exo
+from dpo_jax.losses.hinge import hinge
 from dpo_jax.losses.ipo import ipo
 from dpo_jax.losses.kto import kto
+from dpo_jax.losses.ld import desensitize, tail_logps
+from dpo_jax.losses.loss import MODIFIERS, Loss, Term, defaults, make, mix
+from dpo_jax.losses.nca import nca
 from dpo_jax.losses.orpo import log_odds, orpo
+from dpo_jax.losses.plackett_luce import plackett_luce
+from dpo_jax.losses.r_dpo import r_dpo
+from dpo_jax.losses.registry import names, register
+from dpo_jax.losses.reward import reward
+from dpo_jax.losses.robust import robust
 from dpo_jax.losses.sft import sft
+from dpo_jax.losses.sigmoid_norm import sigmoid_norm
+from dpo_jax.losses.simpo import simpo
+from dpo_jax.losses.slic import slic
+from dpo_jax.losses.sppo import sppo
+from dpo_jax.losses.tpo import tpo
+from dpo_jax.losses.tpo_l import tpo_l
+from dpo_jax.losses.tr_dpo import mix_reference
+from dpo_jax.losses.wpo import confidence, wpo_weights
 
 __all__ = [
+  "DIVERGENCES",
   "INPUTS",
+  "MODIFIERS",
   "Loss",
   "LossOutput",
   "Sums",
+  "Term",
   "Weighted",
+  "alphapo",
+  "aot",
+  "aot_unpaired",
+  "apo_down",
+  "apo_zero",
+  "apo_zero_unpaired",
+  "bco",
+  "bco_pair",
+  "binary_nll",
+  "confidence",
+  "cpo",
+  "cpo_simpo",
   "defaults",
+  "describe",
+  "desensitize",
+  "discopop",
+  "divergence_score",
   "dpo",
+  "dpop",
+  "exo",
+  "hinge",
   "ipo",
   "kto",
   "log_odds",
   "make",
+  "mix",
+  "mix_reference",
   "names",
+  "nca",
   "orpo",
   "pair_metrics",
+  "plackett_luce",
+  "r_dpo",
   "reduce",
   "register",
+  "reward",
+  "robust",
   "sft",
+  "sigmoid_norm",
+  "simpo",
+  "slic",
+  "sppo",
+  "tail_logps",
+  "tpo",
+  "tpo_l",
+  "unpaired_metrics",
+  "wpo_weights",
 ]

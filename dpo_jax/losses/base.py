@@ -1,25 +1,16 @@
-"""What a loss is: per-example values out, needs read from its signature.
+"""What a loss takes and gives: named inputs, an unreduced output, sums."""
 
-A loss is a pure function. Its positional parameters, by name, say what it needs
-(`INPUTS` is the closed set); its keyword-only parameters are hyper-parameters,
-whose defaults stand there and nowhere else. `@register` makes it available to
-`make` under its own name, from this package or from anybody's.
-"""
-
-import dataclasses
-import difflib
-import functools
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Every array a loss may ask for. All have one shape [...], one entry an
-# example; log-probs are natural logs summed over the response's tokens.
+# Every input a loss may ask for, by the name of its positional parameter.
+# Unless said otherwise an array f[...] with one entry an example; log-probs are
+# natural logs, summed over the response's tokens.
 INPUTS: Mapping[str, str] = {
   "policy_chosen_logps": "log pi(y_w | x), summed over the chosen response",
   "policy_rejected_logps": "log pi(y_l | x), summed over the rejected response",
@@ -27,12 +18,30 @@ INPUTS: Mapping[str, str] = {
   "reference_rejected_logps": "log ref(y_l | x)",
   "chosen_lengths": "scored tokens of the chosen response",
   "rejected_lengths": "scored tokens of the rejected response",
+  "policy_gold_logps": "log pi(y_g | x) of a response better than both",
+  "gold_lengths": "scored tokens of the gold response",
+  "policy_ranked_logps": "f[... K], log pi(y_k | x), the best response first",
+  "reference_ranked_logps": "f[... K], log ref(y_k | x)",
+  "ranked_lengths": "f[... K], scored tokens; 0 where there is no k-th response",
   "policy_logps": "log pi(y | x) of an unpaired completion",
   "reference_logps": "log ref(y | x) of an unpaired completion",
   "policy_kl_logps": "log pi(y' | x), y' the completion of another example",
   "reference_kl_logps": "log ref(y' | x)",
   "desirable": "True where the unpaired completion was liked",
+  "density_ratios": "weight of an undesirable example; None is 1",
+  "chosen_scores": "score of the chosen response under a reward model",
+  "rejected_scores": "score of the rejected response",
+  "preference_margins": "by how much the chosen response is better; None is 0",
   "weights": "0 where an entry holds no example; None counts every entry",
+  "state": "what the loss carries from batch to batch; None before the first",
+  "training": "bool, not an array: False leaves the state as it is",
+  # What the modifiers read.
+  "policy_chosen_tail_logps": "the part beyond the shorter response's length",
+  "policy_rejected_tail_logps": "likewise",
+  "reference_chosen_tail_logps": "likewise",
+  "reference_rejected_tail_logps": "likewise",
+  "chosen_confidence": "mean over tokens of log(pi(y_t) / sum_v pi(v)^2)",
+  "rejected_confidence": "likewise",
 }
 
 
@@ -52,21 +61,31 @@ class LossOutput(NamedTuple):
       those of TRL, so that curves can be laid over each other.
     weights: f32[...] or None; how much each example counts in the mean of
       `loss`. None counts every example once; sft counts its tokens.
+    state: what to hand in as `state` with the next batch; None if the loss
+      carries nothing.
+    terms: of a mixture, its parts as (loss, weights), coefficients multiplied
+      in; the mean of the mixture is the sum of their means.
   """
 
   loss: jax.Array
   metrics: dict[str, jax.Array | Weighted]
   weights: jax.Array | None = None
+  state: Any = None
+  terms: tuple[tuple[jax.Array, jax.Array | None], ...] = ()
 
 
 class Sums(NamedTuple):
-  """A mean that has not been divided yet; sums of these add up exactly."""
+  """A mean that has not been divided yet; sums of these add up exactly.
+
+  Scalars, or f[K] with one entry a term of a mixture, whose mean is the sum of
+  its terms' means.
+  """
 
   total: jax.Array
   count: jax.Array
 
   def mean(self) -> jax.Array:
-    return self.total / jnp.maximum(self.count, 1e-9)
+    return (self.total / jnp.maximum(self.count, 1e-9)).sum()
 
 
 def reduce(
@@ -85,190 +104,38 @@ def reduce(
   if weights is None:
     weights = jnp.ones_like(output.loss)
 
-  def add_up(value, weight):
+  def add_up(value, own=None):
+    weight = weights if own is None else weights * own
     value = jnp.where(weight > 0, value, 0.0)
     return Sums((value * weight).sum(), weight.sum())
 
-  own = weights if output.weights is None else weights * output.weights
-  sums = {"loss": add_up(output.loss, own)}
+  if output.terms:
+    terms = [add_up(*term) for term in output.terms]
+    sums = {"loss": Sums(*map(jnp.stack, zip(*terms, strict=True)))}
+  else:
+    sums = {"loss": add_up(output.loss, output.weights)}
   for name, metric in output.metrics.items():
-    if isinstance(metric, Weighted):
-      sums[name] = add_up(metric.value, weights * metric.weight)
-    else:
-      sums[name] = add_up(metric, weights)
+    pair = metric if isinstance(metric, Weighted) else (metric,)
+    sums[name] = add_up(*pair)
   return sums
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
-  """A registered loss with its hyper-parameters fixed; hashable, comparable.
+def binary_nll(margins: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+  """Bradley-Terry's negative log-likelihood of the labels, f[...] -> f[...].
 
-  Call it with arrays by name, of which it takes those it needs and ignores the
-  rest, or by position in the order of `needs`.
+      -(1-e) log sigmoid(m) - e log sigmoid(-m)
+
+  for labels that are wrong with probability e; finite for any finite margin.
   """
-
-  name: str
-  options: tuple[tuple[str, Any], ...] = ()
-
-  @property
-  def function(self) -> Callable[..., LossOutput]:
-    return _REGISTRY[self.name]
-
-  @property
-  def needs(self) -> tuple[str, ...]:
-    """Names of the arrays the loss reads, in the order of its signature."""
-    return tuple(_positional(self.function))
-
-  @property
-  def needs_reference(self) -> bool:
-    return any(name.startswith("reference_") for name in self.needs)
-
-  @property
-  def kind(self) -> str:
-    """The data it trains on: "paired", "unpaired" or "sft"."""
-    if "desirable" in self.needs:
-      return "unpaired"
-    return "paired" if "policy_rejected_logps" in self.needs else "sft"
-
-  @property
-  def batch_coupled(self) -> bool:
-    """True where one example's loss depends on the others of the batch."""
-    return "weights" in self.needs
-
-  def __call__(self, *arrays: jax.Array, **inputs: jax.Array) -> LossOutput:
-    parameters = _positional(self.function)
-    inputs |= dict(zip(parameters, arrays, strict=False))
-    missing = [
-      name
-      for name, parameter in parameters.items()
-      if name not in inputs and parameter.default is inspect.Parameter.empty
-    ]
-    if missing:
-      raise TypeError(
-        f"loss {self.name!r} needs {', '.join(missing)}; given:"
-        f" {', '.join(inputs)}"
-      )
-    taken = {name: inputs[name] for name in parameters if name in inputs}
-    return self.function(**taken, **dict(self.options))
+  nll = -(1 - label_smoothing) * jax.nn.log_sigmoid(margins)
+  if label_smoothing:
+    nll -= label_smoothing * jax.nn.log_sigmoid(-margins)
+  return nll
 
 
-_REGISTRY: dict[str, Callable[..., LossOutput]] = {}
-
-
-def register(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-  """Adds a loss to the registry under its function name.
-
-  The registered function computes in float32 whatever comes in (float64 stays
-  float64): sums of log-probs lose whole nats in bfloat16.
-
-  Args:
-    function: pure, of arrays named as in `INPUTS` and keyword-only
-      hyper-parameters, returning a `LossOutput`.
-
-  Raises:
-    TypeError: a positional parameter is not one of `INPUTS`, or a keyword-only
-      parameter has no default.
-    ValueError: another function holds that name.
-  """
-  name = function.__name__
-  for parameter in inspect.signature(function).parameters.values():
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-      if parameter.default is inspect.Parameter.empty:
-        raise TypeError(
-          f"loss {name!r}: hyper-parameter {parameter.name!r} needs a default"
-        )
-    elif parameter.name not in INPUTS:
-      raise TypeError(
-        f"loss {name!r} asks for {parameter.name!r}, which nothing provides;"
-        f" known inputs: {', '.join(INPUTS)}"
-      )
-
-  @functools.wraps(function)
-  def promoted(*args, **kwargs):
-    args = [_promote(x) for x in args]
-    kwargs = {k: _promote(x) if k in INPUTS else x for k, x in kwargs.items()}
-    return function(*args, **kwargs)
-
-  known = _REGISTRY.get(name)
-  if known and known.__module__ != function.__module__:
-    raise ValueError(
-      f"loss {name!r} is already registered by {known.__module__}"
-    )
-  _REGISTRY[name] = promoted
-  return promoted
-
-
-def make(name: str, **options: Any) -> Loss:
-  """Fixes a loss and its hyper-parameters.
-
-  >>> loss = make("dpo", beta=0.2)
-
-  Raises:
-    ValueError: unknown name or hyper-parameter, or a value of the wrong type
-      or out of range; the message names the known ones.
-  """
-  known = defaults(name)
-  for key, value in options.items():
-    if key not in known:
-      raise ValueError(
-        f"loss {name!r} has no hyper-parameter {key!r}"
-        f"{_suggest(key, known)}; it has: {', '.join(known) or 'none'}"
-      )
-    default = known[key]
-    number = isinstance(default, float) and isinstance(value, numbers.Real)
-    if isinstance(value, bool) != isinstance(default, bool) or not (
-      number or isinstance(value, type(default))
-    ):
-      raise ValueError(
-        f"loss {name!r}: {key}={value!r} should be of type"
-        f" {type(default).__name__}"
-      )
-    if number:
-      options[key] = float(value)
-  loss = Loss(name, tuple(sorted({**known, **options}.items())))
-  # Ranges are checked by the functions themselves, while being traced.
-  example = jax.ShapeDtypeStruct((1,), jnp.float32)
-  inputs = dict.fromkeys(INPUTS, example)
-  out = jax.eval_shape(lambda inputs: loss(**inputs), inputs)
-  if not isinstance(out, LossOutput):
-    raise ValueError(
-      f"loss {name!r} should return losses.LossOutput(loss, metrics), not the"
-      " loss alone"
-    )
-  return loss
-
-
-def names() -> tuple[str, ...]:
-  """Names of all registered losses, sorted."""
-  return tuple(sorted(_REGISTRY))
-
-
-def defaults(name: str) -> dict[str, Any]:
-  """Hyper-parameters of a loss and their defaults.
-
-  Raises:
-    ValueError: no loss of that name; the message names the known ones.
-  """
-  if name not in _REGISTRY:
-    raise ValueError(
-      f"unknown loss {name!r}{_suggest(name, _REGISTRY)}; known losses:"
-      f" {', '.join(names())}"
-    )
-  parameters = inspect.signature(_REGISTRY[name]).parameters.values()
-  return {
-    p.name: p.default
-    for p in parameters
-    if p.kind is inspect.Parameter.KEYWORD_ONLY
-  }
-
-
-def check_range(name: str, value: Any, low: float, high: float) -> None:
-  """Raises ValueError unless value is finite and in [low, high]; traced values
-  pass."""
-  if not isinstance(value, numbers.Real):
-    return
-  if not (math.isfinite(value) and low <= value <= high):
-    raise ValueError(f"{name}={value} should lie in [{low}, {high}]")
+def mean_logps(logps: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Log-prob a token; a response without tokens has 0."""
+  return logps / jnp.maximum(lengths, 1)
 
 
 def pair_metrics(
@@ -293,22 +160,29 @@ def pair_metrics(
   }
 
 
-def _positional(function) -> dict[str, inspect.Parameter]:
-  parameters = inspect.signature(function).parameters
+def unpaired_metrics(
+  rewards: jax.Array, policy_logps: jax.Array, desirable: jax.Array
+) -> dict[str, Weighted]:
+  """Likewise for labelled completions: each class by itself."""
   return {
-    name: p
-    for name, p in parameters.items()
-    if p.kind is not inspect.Parameter.KEYWORD_ONLY
+    "rewards/chosen": Weighted(rewards, desirable),
+    "rewards/rejected": Weighted(rewards, 1 - desirable),
+    "logps/chosen": Weighted(policy_logps, desirable),
+    "logps/rejected": Weighted(policy_logps, 1 - desirable),
   }
 
 
-def _promote(x):
-  if x is None:
-    return None
-  x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+  """Raises ValueError unless value is finite and in [low, high]; traced values
+  pass."""
+  if not isinstance(value, numbers.Real):
+    return
+  if not (math.isfinite(value) and low <= value <= high):
+    raise ValueError(f"{name}={value} should lie in [{low}, {high}]")
 
 
-def _suggest(key: str, known) -> str:
-  close = difflib.get_close_matches(key, list(known), n=1)
-  return f" (did you mean {close[0]!r}?)" if close else ""
+def check_choice(name: str, value: str, *choices: str) -> None:
+  """Raises ValueError unless value is one of the choices."""
+  if value not in choices:
+    known = " or ".join(map(repr, choices))
+    raise ValueError(f"{name}={value!r} should be {known}")

@@ -4,13 +4,14 @@ import jax
 
 from dpo_jax.losses.base import (
   LossOutput,
+  binary_nll,
   check_range,
   pair_metrics,
-  register,
 )
+from dpo_jax.losses.registry import register
 
 
-@register
+@register(paper="2305.18290", divergences=True)
 def dpo(
   policy_chosen_logps: jax.Array,
   policy_rejected_logps: jax.Array,
@@ -37,16 +38,14 @@ def dpo(
     beta: strength of the KL constraint. A larger beta keeps the policy nearer
       to the reference, and at the reference gives larger raw gradients, which
       are beta/2 times those of the log-prob difference.
-    label_smoothing: in [0, 0.5], the assumed rate of flipped labels.
+    label_smoothing: in [0, 0.5], the assumed rate of flipped labels; the larger,
+      the smaller the margin at which a pair is content.
   """
   check_range("beta", beta, 0.0, float("inf"))
   check_range("label_smoothing", label_smoothing, 0.0, 0.5)
   chosen = beta * (policy_chosen_logps - reference_chosen_logps)
   rejected = beta * (policy_rejected_logps - reference_rejected_logps)
-  margins = chosen - rejected
-  loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(margins)
-  loss -= label_smoothing * jax.nn.log_sigmoid(-margins)
   return LossOutput(
-    loss,
+    binary_nll(chosen - rejected, label_smoothing),
     pair_metrics(chosen, rejected, policy_chosen_logps, policy_rejected_logps),
   )

@@ -1,17 +1,18 @@
 """IPO: a squared loss on the log-ratio gap, which stays bounded."""
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.losses.base import (
   LossOutput,
+  check_choice,
   check_range,
+  mean_logps,
   pair_metrics,
-  register,
 )
+from dpo_jax.losses.registry import register
 
 
-@register
+@register(paper="2310.12036", aggregation="sum or mean", divergences=True)
 def ipo(
   policy_chosen_logps: jax.Array,
   policy_rejected_logps: jax.Array,
@@ -42,8 +43,7 @@ def ipo(
     average: "sum" or "tokens".
   """
   check_range("beta", beta, 1e-9, float("inf"))
-  if average not in ("sum", "tokens"):
-    raise ValueError(f"average={average!r} should be 'sum' or 'tokens'")
+  check_choice("average", average, "sum", "tokens")
   chosen = policy_chosen_logps - reference_chosen_logps
   rejected = policy_rejected_logps - reference_rejected_logps
   metrics = pair_metrics(
@@ -54,6 +54,6 @@ def ipo(
       raise ValueError(
         "average='tokens' needs chosen_lengths and rejected_lengths"
       )
-    chosen = chosen / jnp.maximum(chosen_lengths, 1)
-    rejected = rejected / jnp.maximum(rejected_lengths, 1)
+    chosen = mean_logps(chosen, chosen_lengths)
+    rejected = mean_logps(rejected, rejected_lengths)
   return LossOutput((chosen - rejected - 1 / (2 * beta)) ** 2, metrics)

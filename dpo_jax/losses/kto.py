@@ -3,15 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses.base import (
-  LossOutput,
-  Weighted,
-  check_range,
-  register,
-)
+from dpo_jax.losses.base import LossOutput, check_range, unpaired_metrics
+from dpo_jax.losses.registry import register
 
 
-@register
+@register(paper="2402.01306")
 def kto(
   policy_logps: jax.Array,
   reference_logps: jax.Array,
@@ -33,7 +29,8 @@ def kto(
 
   z0 estimates KL(pi || ref) from mismatched completions y', carries no
   gradient, and is shared by the whole batch: it sees the global batch, also
-  under gradient accumulation. beta multiplies z0 as it does h.
+  under gradient accumulation, where other libraries take that of one device and
+  microbatch. beta multiplies z0 as it does h.
 
   Args:
     policy_logps: f[N...].
@@ -45,9 +42,11 @@ def kto(
     beta: how sharply a reward saturates; larger keeps nearer to the reference.
     desirable_weight: lambda_D. The paper wants
       `lambda_D * n_D / (lambda_U * n_U)` in [1, 4/3] for n_D and n_U examples.
-    undesirable_weight: lambda_U.
+    undesirable_weight: lambda_U; larger counts disliked examples more.
   """
   check_range("beta", beta, 0.0, float("inf"))
+  check_range("desirable_weight", desirable_weight, 0.0, float("inf"))
+  check_range("undesirable_weight", undesirable_weight, 0.0, float("inf"))
   desirable = desirable.astype(policy_logps.dtype)
   if weights is None:
     weights = jnp.ones_like(policy_logps)
@@ -59,13 +58,8 @@ def kto(
   liked = desirable_weight * jax.nn.sigmoid(-beta * (logratios - z0))
   disliked = undesirable_weight * jax.nn.sigmoid(beta * (logratios - z0))
   rewards = beta * logratios
+  metrics = unpaired_metrics(rewards, policy_logps, desirable)
   return LossOutput(
     desirable * liked + (1 - desirable) * disliked,
-    {
-      "rewards/chosen": Weighted(rewards, desirable),
-      "rewards/rejected": Weighted(rewards, 1 - desirable),
-      "logps/chosen": Weighted(policy_logps, desirable),
-      "logps/rejected": Weighted(policy_logps, 1 - desirable),
-      "kl": jnp.broadcast_to(z0, rewards.shape),
-    },
+    metrics | {"kl": jnp.broadcast_to(z0, rewards.shape)},
   )

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from dpo_jax.losses.base import (
   LossOutput,
   check_range,
+  mean_logps,
   pair_metrics,
-  register,
 )
+from dpo_jax.losses.registry import register
 
 
 def log_odds(mean_logps: jax.Array) -> jax.Array:
@@ -31,7 +32,7 @@ def log_odds(mean_logps: jax.Array) -> jax.Array:
   return m - log1mexp
 
 
-@register
+@register(paper="2403.07691", aggregation="mean")
 def orpo(
   policy_chosen_logps: jax.Array,
   policy_rejected_logps: jax.Array,
@@ -60,8 +61,8 @@ def orpo(
       against imitation of the chosen response.
   """
   check_range("lam", lam, 0.0, float("inf"))
-  chosen = policy_chosen_logps / jnp.maximum(chosen_lengths, 1)
-  rejected = policy_rejected_logps / jnp.maximum(rejected_lengths, 1)
+  chosen = mean_logps(policy_chosen_logps, chosen_lengths)
+  rejected = mean_logps(policy_rejected_logps, rejected_lengths)
   log_odds_ratio = log_odds(chosen) - log_odds(rejected)
   log_ratio = jax.nn.log_sigmoid(log_odds_ratio)
   metrics = pair_metrics(

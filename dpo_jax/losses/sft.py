@@ -1,12 +1,12 @@
 """Supervised fine-tuning: the stage before preferences, and a term in some."""
 
 import jax
-import jax.numpy as jnp
 
-from dpo_jax.losses.base import LossOutput, register
+from dpo_jax.losses.base import LossOutput, mean_logps
+from dpo_jax.losses.registry import register
 
 
-@register
+@register(aggregation="mean")
 def sft(
   policy_chosen_logps: jax.Array, chosen_lengths: jax.Array
 ) -> LossOutput:
@@ -16,13 +16,15 @@ def sft(
 
   Every response token of the batch counts alike, as in any language-model
   trainer: the loss of an example is its mean over tokens, and its weight in
-  the batch's mean is its number of tokens.
+  the batch's mean is its number of tokens. It keeps that mean as a term of a
+  mixture ("dpo+sft", RPO), as in TRL; some systems take the mean over examples
+  of means over tokens, or sums.
 
   Args:
     policy_chosen_logps: f[...].
     chosen_lengths: f[...].
   """
-  nll = -policy_chosen_logps / jnp.maximum(chosen_lengths, 1)
+  nll = -mean_logps(policy_chosen_logps, chosen_lengths)
   return LossOutput(
     nll, {"logps/chosen": policy_chosen_logps}, weights=chosen_lengths
   )

@@ -1,0 +1,7 @@
+"""Prints the table of losses: python -m dpo_jax.losses [--markdown]."""
+
+import sys
+
+from dpo_jax.losses import describe
+
+print(describe(markdown="--markdown" in sys.argv, link="dpo_jax/losses"))

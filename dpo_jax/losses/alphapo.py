@@ -1,0 +1,70 @@
+"""AlphaPO: SimPO with a reward of another shape than the logarithm."""
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses.base import (
+  LossOutput,
+  binary_nll,
+  check_range,
+  mean_logps,
+  pair_metrics,
+)
+from dpo_jax.losses.registry import register
+
+_LARGEST = 80.0  # exp of it squares to no infinity when weighted and averaged
+
+
+def shaped_reward(mean_logps: jax.Array, alpha: float) -> jax.Array:
+  """(1 - p^-alpha) / alpha of p = exp(mean_logps), f[...] -> f[...].
+
+  Formed from the logarithm: p itself underflows below -104 nats. The exponent
+  is held below 80, with zero gradient from there on. alpha near 0 is log p.
+  """
+  if abs(alpha) < 1e-6:
+    return mean_logps
+  return -jnp.expm1(jnp.minimum(-alpha * mean_logps, _LARGEST)) / alpha
+
+
+@register(paper="2501.03884", aggregation="mean")
+def alphapo(
+  policy_chosen_logps: jax.Array,
+  policy_rejected_logps: jax.Array,
+  chosen_lengths: jax.Array,
+  rejected_lengths: jax.Array,
+  *,
+  beta: float = 2.5,
+  gamma: float = 0.1,
+  alpha: float = 0.25,
+) -> LossOutput:
+  """AlphaPO, Gupta et al. 2025 (2501.03884).
+
+      -log sigmoid(beta * (s_w - s_l) - gamma),
+      s = (1 - p^-alpha) / alpha,   p = exp(log pi(y|x) / |y|)
+
+  alpha = 0 is SimPO. TRL computes p and then its power, which is infinite for
+  unlikely responses.
+
+  Args:
+    policy_chosen_logps: f[...].
+    policy_rejected_logps: f[...].
+    chosen_lengths: f[...].
+    rejected_lengths: f[...].
+    beta: larger is content with a smaller difference.
+    gamma: target margin of the rewards beta * s; larger asks for more.
+    alpha: shape of the reward; the larger, the more unlikely responses weigh.
+  """
+  check_range("beta", beta, 0.0, float("inf"))
+  check_range("gamma", gamma, 0.0, float("inf"))
+  check_range("alpha", alpha, -10.0, 10.0)
+  chosen, rejected = (
+    beta * shaped_reward(mean_logps(logps, lengths), alpha)
+    for logps, lengths in (
+      (policy_chosen_logps, chosen_lengths),
+      (policy_rejected_logps, rejected_lengths),
+    )
+  )
+  return LossOutput(
+    binary_nll(chosen - rejected - gamma),
+    pair_metrics(chosen, rejected, policy_chosen_logps, policy_rejected_logps),
+  )
