@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.batch import Batch
+from dpo_jax.batch import Batch, Scores
 
 Tree = Any
 
 
 def accumulate(
-  policy: Callable[[Tree, Batch], jax.Array],
-  reference: Callable[[Batch], jax.Array | None],
+  policy: Callable[[Tree, Batch], Scores],
+  reference: Callable[[Batch], Scores | None],
   objective: Callable[..., tuple[jax.Array, Tree]],
   params: Tree,
   batch: Batch,
@@ -29,16 +29,16 @@ def accumulate(
   and a second pass pulls that back part by part: one more forward, exact.
 
   Args:
-    policy: (params, part) -> f32[B' M 2] log-probs.
-    reference: part -> f32[B' M 2] or None.
-    objective: (policy logps, reference logps, part) -> (sum, sums of metrics).
+    policy: (params, part) -> scores f32[B' M K].
+    reference: part -> likewise, or None.
+    objective: (policy scores, reference scores, part) -> (sum, auxiliary sums).
     params: what to differentiate by.
     batch: B rows, a multiple of `microbatches`.
     microbatches: number of parts.
     coupled: whether the objective couples examples.
 
   Returns:
-    Gradients like `params`, and the sums of metrics over the batch.
+    Gradients like `params`, and the auxiliary sums over the batch.
   """
 
   def whole(params, part):
@@ -69,7 +69,7 @@ def accumulate(
     _, vjp = jax.vjp(lambda params: policy(params, part), params)
     return jax.tree.map(jnp.add, carry, vjp(g)[0]), None
 
-  by_parts = _split(by_scores, microbatches)
+  by_parts = jax.tree.map(lambda g: _split(g, microbatches), by_scores)
   return jax.lax.scan(pull_back, zeros, (parts, by_parts))[0], sums
 
 

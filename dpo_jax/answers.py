@@ -111,8 +111,8 @@ class Answerer:
       scored_multiple=8 * mesh.shape["tensor"],
     )
     ratios = (
-      score_examples(score, policy, plan, mesh)[:, 0]
-      - score_examples(score, reference, plan, mesh)[:, 0]
+      score_examples(score, policy, plan, mesh).logps[:, 0]
+      - score_examples(score, reference, plan, mesh).logps[:, 0]
     )
     error = (
       ratios.std(ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0
@@ -132,8 +132,7 @@ def as_examples(
     tokens=np.concatenate(pieces).astype(np.int32),
     offsets=np.concatenate([[0], np.cumsum(p + r)]).astype(np.int64),
     prompt_lengths=p,
-    chosen_lengths=r,
-    rejected_lengths=np.zeros(n, np.int32),
+    lengths=np.stack([r, np.zeros(n, np.int32)], axis=1),
     desirable=np.ones(n, bool),
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),

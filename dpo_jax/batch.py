@@ -17,7 +17,11 @@ side by side. A branch begins with its own copy of the prompt's last token and
 ends before its response's last, so each branch token predicts exactly one
 scored token and no prompt token predicts any.
 
-Letters: B rows, T tokens a row, S scored tokens a row, M examples a row.
+A ranking of more than two responses lies in several such segments side by side,
+two responses each, each with its own copy of the prompt.
+
+Letters: B rows, T tokens a row, S scored tokens a row, M examples a row, K
+responses (branches) an example, 2 but for rankings.
 """
 
 from typing import NamedTuple
@@ -25,10 +29,18 @@ from typing import NamedTuple
 import jax
 
 
+class Scores(NamedTuple):
+  """What a model says of every response of a batch, f32[B M K] each."""
+
+  logps: jax.Array  # summed log-probs; 0 for a response that is not there
+  tails: jax.Array | None = None  # beyond the other response's length, see LD
+  confidence: jax.Array | None = None  # without gradient, see WPO
+
+
 class Batch(NamedTuple):
   """One global batch. Branch 0 is the chosen response, branch 1 the rejected
   one; for unpaired data the completion and a mismatched one; for sft branch 1
-  is empty."""
+  is empty; for rankings the best response is branch 0."""
 
   tokens: jax.Array  # i32[B T]
   positions: jax.Array  # i32[B T], counted from the prompt's first token
@@ -36,7 +48,8 @@ class Batch(NamedTuple):
   key_end: jax.Array  # i32[B T], one past the last; 0 for padding
   source: jax.Array  # i32[B S], index in the row of the token that predicts
   target: jax.Array  # i32[B S], the token id it must predict
-  slot: jax.Array  # i32[B S], 2 * example + branch; 2 M for padding
+  slot: jax.Array  # i32[B S], K * example + branch; K M for padding
+  lengths: jax.Array  # i32[B M K], scored tokens of each response
   weights: jax.Array  # f32[B M], 0 for an empty place
   desirable: jax.Array  # bool[B M], labels of unpaired data
-  reference_logps: jax.Array | None = None  # f32[B M 2], if precomputed
+  reference: Scores | None = None  # under the reference, if precomputed

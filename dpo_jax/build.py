@@ -15,9 +15,15 @@ from jax.sharding import Mesh
 from dpo_jax import sharding
 from dpo_jax.config import Config
 from dpo_jax.data.encode import EncodeSettings
-from dpo_jax.data.store import Examples, check_vocabulary, load_examples
+from dpo_jax.data.store import (
+  Examples,
+  check_rankings,
+  check_vocabulary,
+  load_examples,
+)
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import CheckpointError, ConfigError
+from dpo_jax.losses import Loss
 from dpo_jax.models import hf
 from dpo_jax.score import Score, make_score
 
@@ -119,8 +125,8 @@ class Data(NamedTuple):
   reports: dict[str, Any]  # counts of what was dropped and cut, by split
 
 
-def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
-  """Encoded training and held-out examples of a kind of loss.
+def load_data(config: Config, built: Built, loss: Loss, limit: int = 0) -> Data:
+  """Encoded training and held-out examples for a loss.
 
   Without an evaluation source, the examples of the first `eval_rows` usable
   rows are held out, so that what belongs to one row stays on one side. A
@@ -130,24 +136,24 @@ def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
   if not d.source:
     raise ConfigError("config.data.source is empty; name a file or TFDS folder")
   load = functools.partial(
-    load_examples,
+    _load_checked,
+    loss=loss,
+    vocab_size=built.model.config.vocab_size,
     tokenizer=built.tokenizer,
     settings=EncodeSettings(
       max_length=d.max_length,
       max_prompt_length=d.max_prompt_length,
-      kind=kind,
+      kind=loss.kind,
       on_bad_row=d.on_bad_row,
     ),
     cache_dir=os.path.expanduser(d.cache_dir),
   )
   train = load(os.path.expanduser(d.source), d.split)
-  check_vocabulary(train, built.model.config.vocab_size)
   reports = {"train": train.report}
   if limit:
     train, _ = _first_rows(train, limit)
   if d.eval_source:
     held_out = load(os.path.expanduser(d.eval_source), d.eval_split)
-    check_vocabulary(held_out, built.model.config.vocab_size)
     reports["eval"] = held_out.report
     if d.eval_rows:
       held_out, _ = _first_rows(held_out, d.eval_rows)
@@ -162,6 +168,13 @@ def load_data(config: Config, built: Built, kind: str, limit: int = 0) -> Data:
   else:
     held_out = None
   return Data(train, held_out, reports)
+
+
+def _load_checked(source, split, *, loss, vocab_size, **options) -> Examples:
+  examples = load_examples(source, split, **options)
+  check_vocabulary(examples, vocab_size)
+  check_rankings(examples, loss.responses)
+  return examples
 
 
 def _first_rows(examples: Examples, n: int) -> tuple[Examples, Examples]:

@@ -7,7 +7,7 @@ import numpy as np
 from dpo_jax.config import Config
 from dpo_jax.data.encode import EncodeSettings
 from dpo_jax.data.plan import Plan
-from dpo_jax.data.store import Examples, load_examples
+from dpo_jax.data.store import Examples, check_rankings, load_examples
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.dry_run import render_row
 from dpo_jax.errors import ConfigError
@@ -37,6 +37,7 @@ def check(config: Config, *, visible: bool = False) -> str:
   cache = os.path.expanduser(d.cache_dir)
   source = os.path.expanduser(d.source)
   examples = load_examples(source, d.split, tokenizer, settings, cache)
+  check_rankings(examples, loss.responses)
   plan = Plan(
     examples,
     batch_size=config.train.batch_size,
@@ -78,6 +79,10 @@ def _counts(examples: Examples, eval_rows: int) -> list[str]:
   if examples.kind == "unpaired":
     liked = int(examples.desirable.sum())
     lines.append(f"labels      {liked} liked, {len(examples) - liked} not")
+  if examples.kind == "ranked":
+    found = np.bincount((examples.lengths > 0).sum(axis=1))
+    sizes = [f"{n} of {k}" for k, n in enumerate(found) if n]
+    lines.append(f"rankings    {', '.join(sizes)} responses")
   names = [n for n in examples.subset_names if n]
   if names:
     lines.append(f"subsets     {', '.join(names)}")
@@ -88,7 +93,10 @@ def _lengths(examples: Examples) -> list[str]:
   header = "".join(f"{'p' + str(p):>7s}" for p in _PERCENTILES)
   lines = [f"tokens      {header}"]
   columns = [("prompt", examples.prompt_lengths)]
-  if examples.kind == "paired":
+  if examples.kind == "ranked":
+    for k, lengths in enumerate(examples.lengths.T):
+      columns.append((f"rank {k + 1}", lengths[lengths > 0]))
+  elif examples.kind == "paired":
     columns.append(("chosen", examples.chosen_lengths))
     columns.append(("rejected", examples.rejected_lengths))
   else:
@@ -101,11 +109,12 @@ def _lengths(examples: Examples) -> list[str]:
 
 def _packing(examples: Examples, plan: Plan) -> list[str]:
   prompt = examples.prompt_lengths.astype(np.int64)
-  first, second = examples.chosen_lengths, examples.rejected_lengths
-  longest = prompt + np.maximum(first, second)  # KTO: of its completion
-  branches = 1 if examples.kind == "sft" else 2
+  longest = prompt + examples.lengths.max(axis=1)  # KTO: of its completion
+  sequences = (examples.lengths > 0).sum(axis=1)
+  if examples.kind == "unpaired":
+    sequences += 1  # with the mismatched completion
   padded = sum(
-    branches * len(members) * int(longest[members].max())
+    int(sequences[members].sum() * longest[members].max())
     for members in map(plan.members, range(len(plan)))
   )
   packed = int(plan.row_tokens())

@@ -34,6 +34,8 @@ class Model:
 class Reference:
   path: str = ""  # folder; "" is the policy's own starting point
   precompute: bool = False  # score all pairs once instead of every step
+  sync_every: int = 0  # steps between updates from the policy (TR-DPO); 0: none
+  sync_mixup: float = 0.6  # the policy's share in those; 1 is a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ _COUNTS = (
   "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
-           "sample.top_p")  # fmt: skip
+           "sample.top_p", "reference.sync_mixup")  # fmt: skip
 
 
 def _check_ranges(config: Config) -> None:

@@ -1,5 +1,6 @@
 """For files in `configs/`: the defaults as a ConfigDict, and arg strings."""
 
+import collections
 import inspect
 from typing import Any
 
@@ -12,17 +13,18 @@ from dpo_jax.config import Config
 def defaults(loss: str) -> ml_collections.ConfigDict:
   """Every setting at its default (`dpo_jax/config.py` says what each means).
 
-  `config.loss` has a place for the hyper-parameters of all losses, so that
-  `--config.loss.name` can be switched; what is left at None is the loss's own
-  default, and setting one that the loss does not have is an error.
+  `config.loss` has a place for the hyper-parameters of all losses and for the
+  modifiers, so that `--config.loss.name` can be switched, also to a mixture as
+  "dpo+0.2*sft"; what is left at None is the loss's own default, and setting one
+  that the loss does not have is an error.
   """
   config = ml_collections.ConfigDict(Config().to_dict())
   config.loss = ml_collections.ConfigDict({"name": loss})
-  for name in losses.names():
-    for option, default in losses.defaults(name).items():
-      config.loss[option] = ml_collections.config_dict.placeholder(
-        type(default)
-      )
+  options = [losses.defaults(name) for name in losses.names()]
+  for option, default in collections.ChainMap(
+    losses.MODIFIERS, *options
+  ).items():
+    config.loss[option] = ml_collections.config_dict.placeholder(type(default))
   return config
 
 

@@ -57,7 +57,9 @@ def render_row(batch: Any, row: int, tokenizer: Any) -> str:
   and what it must predict."""
   used = batch.key_end[row] > 0
   predicts = {}
-  empty = 2 * batch.weights.shape[1]
+  branches = batch.lengths.shape[2]
+  empty = branches * batch.weights.shape[1]
+  names = ("first", "second", *map(str, range(3, branches + 1)))
   for source, target, slot in zip(
     batch.source[row], batch.target[row], batch.slot[row], strict=True
   ):
@@ -70,7 +72,7 @@ def render_row(batch: Any, row: int, tokenizer: Any) -> str:
     slot, target = predicts.get(int(i), (None, None))
     where = "prompt"
     if slot is not None:
-      where = f"{slot // 2}: {('first', 'second')[slot % 2]}"
+      where = f"{slot // branches}: {names[slot % branches]}"
     text = repr(tokenizer.decode([int(batch.tokens[row, i])]))
     if target is not None:
       text += f" -> {tokenizer.decode([target])!r}"

@@ -1,7 +1,7 @@
 """Exact evaluation: every example once, one weight each, one division."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,22 +9,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import losses, metrics, sharding
+from dpo_jax.batch import Scores
 from dpo_jax.data.plan import Plan
 from dpo_jax.score import Score
-from dpo_jax.train_step import Variables, evaluate_step
+from dpo_jax.train_step import Variables, evaluate_step, loss_inputs
 
 
 class Evaluation(NamedTuple):
   means: dict[str, float]  # of loss and metrics, over all examples
-  policy: np.ndarray  # f32[N 2], log-probs of both branches
-  reference: np.ndarray | None  # likewise
+  policy: Scores  # numpy f32[N K]
+  reference: Scores | None  # likewise
 
 
-Evaluator = Callable[[Variables, Variables | None, Plan], Evaluation]
+Evaluator = Callable[..., Evaluation]
 
 
 def make_evaluator(score: Score, loss: losses.Loss, mesh: Mesh) -> Evaluator:
-  """Builds `evaluate(params, reference, plan)`, compiled once per shape.
+  """Builds `evaluate(params, reference, plan, loss_state=None)`, compiled once
+  per shape.
 
   The means do not depend on the batch size: sums are added in float64 and
   divided by the number of examples (except for what a loss itself couples,
@@ -37,42 +39,67 @@ def make_evaluator(score: Score, loss: losses.Loss, mesh: Mesh) -> Evaluator:
   )
 
   def evaluate(
-    params: Variables, reference: Variables | None, plan: Plan
+    params: Variables,
+    reference: Variables | None,
+    plan: Plan,
+    loss_state: Any = None,
   ) -> Evaluation:
-    sums = []
-    n = len(plan.examples)
-    policy_logps = np.zeros((n, 2), np.float32)
-    reference_logps = None
+    sums, parts = [], []
     for s in range(len(plan)):
       batch, ids = plan[s]
-      out, policy, known = step(
-        params, reference, sharding.put_batch(batch, mesh)
+      out, *scores = step(
+        params, reference, sharding.put_batch(batch, mesh), loss_state
       )
       sums.append(out)
-      there = ids >= 0
-      policy_logps[ids[there]] = np.asarray(policy)[there]
-      if known is not None:
-        if reference_logps is None:
-          reference_logps = np.zeros((n, 2), np.float32)
-        reference_logps[ids[there]] = np.asarray(known)[there]
+      parts.append((ids, *map(jax.device_get, scores)))
     means = metrics.means(metrics.add(sums))
-    return Evaluation(means, policy_logps, reference_logps)
+    ids, *scores = zip(*parts, strict=True)
+    return Evaluation(means, *(_by_example(ids, x) for x in scores))
 
   return evaluate
 
 
 def score_examples(
-  score: Score, variables: Variables, plan: Plan, mesh: Mesh
-) -> np.ndarray:
-  """Log-probs of both branches of every example of an unshuffled plan, under
-  one model: f32[N 2]."""
-  step = jax.jit(score, out_shardings=sharding.replicated(mesh))
-  logps = np.zeros((len(plan.examples), 2), np.float32)
+  score: Score,
+  variables: Variables,
+  plan: Plan,
+  mesh: Mesh,
+  *,
+  tails: bool = False,
+) -> Scores:
+  """Scores of every example of an unshuffled plan, under one model: numpy
+  f32[N K]."""
+  step = jax.jit(
+    functools.partial(score, tails=tails),
+    out_shardings=sharding.replicated(mesh),
+  )
+  parts = []
   for s in range(len(plan)):
     batch, ids = plan[s]
-    scored = np.asarray(step(variables, sharding.put_batch(batch, mesh)))
-    logps[ids[ids >= 0]] = scored[ids >= 0]
-  return logps
+    scored = step(variables, sharding.put_batch(batch, mesh))
+    parts.append((ids, jax.device_get(scored)))
+  return _by_example(*zip(*parts, strict=True))
+
+
+def _by_example(ids: Sequence[np.ndarray], parts: Sequence[Any]) -> Any:
+  """Trees of f32[B M K] of several batches -> one of f32[N K], in the order of
+  the examples."""
+  ids = np.concatenate([x.reshape(-1) for x in ids])
+  order = np.argsort(ids, kind="stable")[(ids < 0).sum() :]
+
+  def join(*leaves):
+    flat = [x.reshape(-1, x.shape[-1]) for x in leaves]
+    return np.concatenate(flat)[order]
+
+  return jax.tree.map(join, *parts)
+
+
+class _Lengths(NamedTuple):
+  """What `loss_inputs` reads of a batch, for examples outside of one."""
+
+  lengths: np.ndarray
+  weights: None = None
+  desirable: None = None
 
 
 def by_subset(
@@ -89,19 +116,10 @@ def by_subset(
     By subset: {"examples", "accuracy", "interval", "logratio_margin"}; the
     margin is that of the log-ratios, before any beta.
   """
-  logratios = evaluation.policy - (
-    0 if evaluation.reference is None else evaluation.reference
-  )
+  policy, reference = evaluation.policy, evaluation.reference
+  logratios = policy.logps - (0 if reference is None else reference.logps)
   margins = logratios[:, 0] - logratios[:, 1]
-  inputs = {
-    "chosen_lengths": examples.chosen_lengths,
-    "rejected_lengths": examples.rejected_lengths,
-  }
-  for model in ("policy", "reference"):
-    logps = getattr(evaluation, model)
-    if logps is not None:
-      inputs[f"{model}_chosen_logps"] = logps[:, 0]
-      inputs[f"{model}_rejected_logps"] = logps[:, 1]
+  inputs = loss_inputs(policy, reference, _Lengths(examples.lengths))
   hits = np.asarray(loss(**inputs).metrics["rewards/accuracies"])
   out = {}
   for i, name in enumerate(examples.subset_names):

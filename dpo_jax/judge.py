@@ -38,9 +38,7 @@ def judge(config: Config) -> dict[str, Any]:
   limit = config.data.eval_rows
   data = dataclasses.replace(config.data, eval_rows=0, eval_source="")
   built = build(config)
-  loaded = load_data(
-    dataclasses.replace(config, data=data), built, loss.kind, limit
-  )
+  loaded = load_data(dataclasses.replace(config, data=data), built, loss, limit)
   examples = loaded.train
   plan = Plan(
     examples,

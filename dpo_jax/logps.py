@@ -4,6 +4,8 @@ Logits exist for one tile of rows at a time, in float32, forward and backward;
 nothing of the size of the vocabulary is kept between the two.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,37 +26,67 @@ def token_logps(
     f32[N]. Products accumulate in float32 and the log-sum-exp is float32,
     whatever dtype comes in.
   """
+  return _by_tiles(hidden, head, targets, tile, False)[0]
+
+
+def token_logps_and_squares(
+  hidden: jax.Array, head: jax.Array, targets: jax.Array, *, tile: int = 1024
+) -> tuple[jax.Array, jax.Array]:
+  """`token_logps`, and log sum_v p(v)^2 at the same places, from one pass.
+
+  Returns:
+    f32[N] each; no gradient flows through the second.
+  """
+  return _by_tiles(hidden, head, targets, tile, True)
+
+
+def _by_tiles(hidden, head, targets, tile, squares):
   rows = hidden.shape[0]
   tiles = -(-rows // tile)
   tile = -(-rows // tiles)
   pad = tiles * tile - rows
   hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(tiles, tile, -1)
   targets = jnp.pad(targets, (0, pad)).reshape(tiles, tile)
-  return _tiled_logps(hidden, head, targets).reshape(-1)[:rows]
+  results = _tiled(squares, hidden, head, targets)
+  return tuple(x.reshape(-1)[:rows] for x in results)
 
 
 def sum_by_slot(
-  token_logps: jax.Array, slot: jax.Array, examples: int
+  values: jax.Array, slot: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
-  """Sums log-probs per response: f[B S], i32[B S] -> f32[B M 2].
+  """Sums per response: f[B S], i32[B S] -> f32[B M K] for `shape` (M, K).
 
   A masked reduction and not a scatter: it adds in the same order for policy and
   reference on every device, so equal models give equal sums to the last bit.
   """
-  slots = jnp.arange(2 * examples)
-  mine = slot[:, :, None] == slots  # bool[B S 2M]
-  sums = jnp.where(mine, token_logps[:, :, None], 0).sum(axis=1)
-  return sums.reshape(slot.shape[0], examples, 2)
+  mine = slot[:, :, None] == jnp.arange(shape[0] * shape[1])  # bool[B S MK]
+  sums = jnp.where(mine, values[:, :, None], 0).sum(axis=1)
+  return sums.reshape(slot.shape[0], *shape)
 
 
-def lengths_by_slot(slot: jax.Array, examples: int) -> jax.Array:
-  """Scored tokens per response: i32[B S] -> f32[B M 2]."""
-  return sum_by_slot(jnp.ones(slot.shape, jnp.float32), slot, examples)
+def beyond(slot: jax.Array, limits: jax.Array) -> jax.Array:
+  """Which scored tokens lie beyond a limit of their response.
+
+  Args:
+    slot: i32[B S]; the tokens of a response lie side by side, in order.
+    limits: i32[B M K].
+
+  Returns:
+    bool[B S]; False for padding.
+  """
+  rows, scored = slot.shape
+  limits = limits.reshape(rows, -1)
+  slots, index = limits.shape[1], jnp.arange(scored)
+  mine = slot[:, :, None] == jnp.arange(slots)
+  first = jnp.where(mine, index[:, None], scored).min(axis=1)  # i32[B MK]
+  here = jnp.minimum(slot, slots - 1)
+  limit = jnp.take_along_axis(first + limits, here, axis=1)
+  return (index >= limit) & (slot < slots)
 
 
-@jax.custom_vjp
-def _tiled_logps(hidden, head, targets):
-  return _forward(hidden, head, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(squares, hidden, head, targets):
+  return _forward(squares, hidden, head, targets)[0]
 
 
 def _logits(hidden, head):
@@ -65,20 +97,24 @@ def _logits(hidden, head):
   )
 
 
-def _forward(hidden, head, targets):
+def _forward(squares, hidden, head, targets):
   def one_tile(_, xs):
     h, y = xs
     logits = _logits(h, head)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
-    return None, (picked - lse, lse)
+    results = (picked - lse,)
+    if squares:
+      results += (jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,)
+    return None, (results, lse)
 
-  _, (logps, lse) = jax.lax.scan(one_tile, None, (hidden, targets))
-  return logps, (hidden, head, targets, lse)
+  _, (results, lse) = jax.lax.scan(one_tile, None, (hidden, targets))
+  return results, (hidden, head, targets, lse)
 
 
-def _backward(residuals, g):
+def _backward(_, residuals, g):
   hidden, head, targets, lse = residuals
+  g = g[0]
   vocabulary = jnp.arange(head.shape[0])
 
   def one_tile(dhead, xs):
@@ -98,4 +134,4 @@ def _backward(residuals, g):
   return dhidden, dhead.astype(head.dtype), None
 
 
-_tiled_logps.defvjp(_forward, _backward)
+_tiled.defvjp(_forward, _backward)

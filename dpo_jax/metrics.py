@@ -18,9 +18,9 @@ def means(sums: Mapping[str, Sums]) -> dict[str, float]:
   """
   host = jax.device_get(dict(sums))
   values = {
-    name: float(s.total) / float(s.count)
+    name: float(np.sum(s.total / np.float64(s.count)))
     for name, s in host.items()
-    if float(s.count) > 0
+    if np.all(np.asarray(s.count) > 0)
   }
   if "rewards/margins" not in values and {
     "rewards/chosen",

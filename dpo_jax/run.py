@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import evaluate, optim, sharding
+from dpo_jax import evaluate, losses, optim, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.build import Built, build, load_data, load_variables
 from dpo_jax.config import Config
@@ -28,11 +28,8 @@ class Run:
     """
     self.config = config
     self.loss = config.make_loss()
-    if config.reference.precompute and self.loss.kind == "unpaired":
-      raise ConfigError(
-        "config.reference.precompute does not go with unpaired losses, whose"
-        " mismatched completions change from step to step"
-      )
+    self.follows = config.reference.sync_every > 0  # the policy (TR-DPO)
+    _check_loss(config, self.loss)
     if jax.process_count() > 1:
       raise ConfigError(
         f"{jax.process_count()} processes: a run is one process for now, with"
@@ -40,7 +37,7 @@ class Run:
       )
     self.built = built or build(config)
     mesh = self.built.mesh
-    self.data = load_data(config, self.built, self.loss.kind)
+    self.data = load_data(config, self.built, self.loss)
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
     self.steps = len(self.train_plan)
@@ -61,6 +58,8 @@ class Run:
         loss=self.loss,
         tx=self.tx,
         microbatches=config.train.microbatches,
+        sync_every=config.reference.sync_every,
+        sync_mixup=config.reference.sync_mixup,
       ),
       donate_argnums=0,
       out_shardings=(
@@ -76,7 +75,8 @@ class Run:
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
     zero = jax.device_put(jnp.int32(0), shardings.step)
-    return TrainState(zero, params, init(params), zero + 0)
+    carried = jax.device_put(self.loss.initial_state(), shardings.loss_state)
+    return TrainState(zero, params, init(params), zero + 0, carried)
 
   def load_reference(self, start: Any) -> Any | None:
     """Variables of the reference; None if the loss reads none.
@@ -91,6 +91,13 @@ class Run:
     if path and path != self.config.model.path:
       return load_variables(self.config, self.built, path)
     return jax.tree.map(jnp.copy, start)
+
+  def with_reference(self, state: TrainState, reference: Any) -> TrainState:
+    """The state with a reference of its own, if that is to follow the policy;
+    the one it starts from stays as it is."""
+    if not self.follows:
+      return state
+    return state._replace(reference=jax.tree.map(jnp.copy, reference))
 
   def identity(self) -> dict[str, Any]:
     """What a checkpoint must agree in, beside the config, to be continued."""
@@ -108,8 +115,12 @@ class Run:
   def precompute(self, reference: Any) -> None:
     """Scores training pairs under the reference once, for all steps."""
     plan = self._plan(self.data.train, self.config.train.batch_size)
-    self.train_plan.reference_logps = evaluate.score_examples(
-      self.built.score, reference, plan, self.built.mesh
+    self.train_plan.reference = evaluate.score_examples(
+      self.built.score,
+      reference,
+      plan,
+      self.built.mesh,
+      tails=self.loss.ld_alpha != 1,
     )
 
   def answerer(self) -> Answerer | None:
@@ -158,9 +169,36 @@ class Run:
       params,
       jax.eval_shape(self.tx.init, params),
       jax.ShapeDtypeStruct((), jnp.int32),
+      jax.eval_shape(self.loss.initial_state),
+      params if self.follows else None,
     )
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,
       sharding.shard_tree(state, mesh),
+    )
+
+
+def _check_loss(config: Config, loss: losses.Loss) -> None:
+  """Refuses settings that the loss gives no meaning."""
+  if loss.needs_scores:
+    raise ConfigError(
+      f"config.loss.name={loss.name!r} reads the scores of a reward model;"
+      " training one is not part of this version, the function is:"
+      " losses.reward"
+    )
+  if config.reference.precompute and loss.kind == "unpaired":
+    raise ConfigError(
+      "config.reference.precompute does not go with unpaired losses, whose"
+      " mismatched completions change from step to step"
+    )
+  if config.reference.sync_every and not loss.needs_reference:
+    raise ConfigError(
+      f"config.reference.sync_every: loss {loss.name!r} reads no reference that"
+      " could follow the policy"
+    )
+  if config.reference.sync_every and config.reference.precompute:
+    raise ConfigError(
+      "config.reference.sync_every moves the reference, so its log-probs cannot"
+      " be precomputed; leave config.reference.precompute off"
     )

@@ -1,16 +1,25 @@
-"""Log-probs of every response of a batch under one model, in one pass."""
+"""What a model says of every response of a batch, in one pass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 
 from dpo_jax import logps
-from dpo_jax.batch import Batch
+from dpo_jax.batch import Batch, Scores
 
-# (variables, batch) -> f32[B M 2]
-Score = Callable[[Any, Batch], jax.Array]
+
+class Score(Protocol):
+  """(variables, batch) -> scores of each response under one model."""
+
+  def __call__(
+    self,
+    variables: Any,
+    batch: Batch,
+    *,
+    tails: bool = False,
+    confidence: bool = False,
+  ) -> Scores: ...
 
 
 def make_score(
@@ -28,24 +37,65 @@ def make_score(
     place_head: wraps the head for a mesh (`sharding.Pins.head`).
 
   Returns:
-    `score(variables, batch)`: summed log-probs f32[B M 2] of each example's
-    two branches, 0 for a branch that is not there.
+    `score(variables, batch)`: `Scores` f32[B M K]; 0 for a response that is
+    not there. `tails` and `confidence` ask for these two as well.
   """
 
-  def head(hidden, unembed, target):
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    scored = logps.token_logps(flat, unembed, target.reshape(-1), tile=tile)
-    return scored.reshape(target.shape)
+  def on_rows(head):
+    def run(hidden, unembed, target):
+      flat = hidden.reshape(-1, hidden.shape[-1])
+      found = head(flat, unembed, target.reshape(-1), tile=tile)
+      if isinstance(found, tuple):
+        return tuple(x.reshape(target.shape) for x in found)
+      return found.reshape(target.shape)
 
-  head = place_head(head)
+    return place_head(run)
 
-  def score(variables: Any, batch: Batch) -> jax.Array:
+  plain = on_rows(logps.token_logps)
+  with_squares = on_rows(logps.token_logps_and_squares)
+
+  def score(
+    variables: Any,
+    batch: Batch,
+    *,
+    tails: bool = False,
+    confidence: bool = False,
+  ) -> Scores:
     hidden = model.apply(
       variables, batch.tokens, batch.positions, batch.key_start, batch.key_end
     )
     # Before the unembedding: prompts and padding never meet the vocabulary.
     hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
-    token_logps = head(hidden, model.unembed(variables), batch.target)
-    return logps.sum_by_slot(token_logps, batch.slot, batch.weights.shape[1])
+    unembed = model.unembed(variables)
+    if not confidence:
+      return summed(plain(hidden, unembed, batch.target), batch, tails=tails)
+    tokens, squares = with_squares(hidden, unembed, batch.target)
+    return summed(tokens, batch, tails=tails, squares=squares)
 
   return score
+
+
+def summed(
+  token_logps: Any, batch: Batch, *, tails: bool = False, squares: Any = None
+) -> Scores:
+  """Scores of responses from those of their tokens.
+
+  Args:
+    token_logps: f32[B S], at the scored tokens.
+    batch: where these belong.
+    tails: also sum what lies beyond the shorter response's length.
+    squares: f32[B S], log sum_v p(v)^2, to get confidences; None gets none.
+  """
+  shape, lengths = batch.lengths.shape[1:], batch.lengths
+  sums = logps.sum_by_slot(token_logps, batch.slot, shape)
+  tail = certain = None
+  if tails:
+    shorter = jnp.broadcast_to(lengths.min(-1, keepdims=True), lengths.shape)
+    far = logps.beyond(batch.slot, shorter)
+    tail = logps.sum_by_slot(
+      jnp.where(far, token_logps, 0.0), batch.slot, shape
+    )
+  if squares is not None:
+    aligned = logps.sum_by_slot(token_logps - squares, batch.slot, shape)
+    certain = aligned / jnp.maximum(lengths, 1)
+  return Scores(sums, tail, certain)

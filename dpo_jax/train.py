@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 
 from dpo_jax import losses, metrics, sharding
 from dpo_jax.answers import sample_rows
@@ -53,6 +54,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       return place.read_summary()
     state, log = run.first_state(), StepLog(run)
     reference = run.load_reference(state.params)
+    state = run.with_reference(state, reference)
     answerer = run.answerer()
     if answerer and not place.samples.exists():
       place.write_jsonl(place.samples, sample_rows(answerer(state.params)))
@@ -80,14 +82,19 @@ def _loop(run, state, reference, start, saved, log, begun):
   """Runs the steps from `start`. Step n is launched before the metrics of step
   n - 1 are read, so the device never waits for the host."""
   t = run.config.train
-  online = None if run.train_plan.reference_logps is not None else reference
+  online = None if run.train_plan.reference is not None else reference
   evaluated = _last_evaluated(log.writer.path)
 
   def evaluate(step):
     nonlocal evaluated
     if run.eval_plan is not None and evaluated != step:
       with log.untimed():
-        result = run.evaluator(state.params, reference, run.eval_plan)
+        result = run.evaluator(
+          state.params,
+          reference if state.reference is None else state.reference,
+          run.eval_plan,
+          state.loss_state,
+        )
       log.writer.write(step, "eval", result.means)
       evaluated = step
 
@@ -214,10 +221,12 @@ class StepLog:
 
   def pending(self) -> dict[str, list[float]]:
     """What a checkpoint keeps, so that a resumed run writes the same rows."""
-    return {k: [float(x) for x in s] for k, s in self._sums.items()}
+    return {
+      k: [np.asarray(x).tolist() for x in s] for k, s in self._sums.items()
+    }
 
   def restore(self, pending: dict[str, list[float]]) -> None:
-    self._sums = {k: losses.Sums(*v) for k, v in pending.items()}
+    self._sums = {k: losses.Sums(*map(np.array, v)) for k, v in pending.items()}
 
   def _check_finite(self, step: int, skipped: float) -> None:
     self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0

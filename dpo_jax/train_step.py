@@ -1,5 +1,6 @@
 """The step: score, loss, gradient, update. Everything is sums until the end."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,7 @@ import optax
 
 from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
-from dpo_jax.batch import Batch
-from dpo_jax.logps import lengths_by_slot
+from dpo_jax.batch import Batch, Scores
 from dpo_jax.score import Score
 
 Variables = dict[str, Any]
@@ -23,6 +23,8 @@ class TrainState(NamedTuple):
   params: Variables  # the trained collections, e.g. {"params": ...}
   opt_state: Any
   skipped: jax.Array  # i32[], steps whose update was not finite
+  loss_state: Any = None  # what the loss carries from batch to batch
+  reference: Variables | None = None  # where it follows the policy (TR-DPO)
 
 
 def train_step(
@@ -34,6 +36,8 @@ def train_step(
   loss: losses.Loss,
   tx: optax.GradientTransformation,
   microbatches: int = 1,
+  sync_every: int = 0,
+  sync_mixup: float = 0.0,
 ) -> tuple[TrainState, Sums]:
   """One update of the policy on one global batch.
 
@@ -43,53 +47,62 @@ def train_step(
 
   Args:
     state: donated by the caller's jit.
-    reference: variables of the reference; None if the loss needs none, or the
-      batch carries its log-probs.
+    reference: variables of the reference; None if the loss needs none, the
+      batch carries its scores, or it is part of the state.
     batch: arrays as in `batch.Batch`.
     score: see `score.make_score`.
     loss: see `losses.make`.
     tx: optimizer.
     microbatches: parts of the batch that are run one after another; changes
       memory and no number.
+    sync_every: steps after which the state's reference is mixed with the
+      policy, see `losses.mix_reference`.
+    sync_mixup: the policy's share in that.
 
   Returns:
     The new state, and sums (total and count) of loss and metrics.
   """
-
-  def policy_logps(params, part):
-    return score({**(reference or {}), **params}, part)
-
-  def reference_logps(part):
-    if part.reference_logps is not None or not loss.needs_reference:
-      return part.reference_logps
-    return score(reference, part)
+  reference = reference if state.reference is None else state.reference
+  policy_scores = functools.partial(_policy_scores, score, loss, reference)
+  reference_scores = functools.partial(
+    _reference_scores, score, loss, reference
+  )
+  inputs = functools.partial(loss_inputs, state=state.loss_state)
+  counts = _counts(loss, batch)
 
   def objective(policy, reference, part):
-    out = loss(**loss_inputs(policy, reference, part))
+    out = loss(**inputs(policy, reference, part))
     sums = losses.reduce(out, part.weights)
-    return sums["loss"].total, sums
+    return (sums["loss"].total / counts).sum(), (sums, out.state)
 
-  grads, sums = accumulate(
-    policy_logps, reference_logps, objective, state.params, batch,
+  grads, (sums, loss_state) = accumulate(
+    policy_scores, reference_scores, objective, state.params, batch,
     microbatches, coupled=loss.batch_coupled,
   )  # fmt: skip
-  count = jnp.maximum(sums["loss"].count, 1.0)
   # Parts add up in float32; the optimizer's state has the dtype of the weights.
-  grads = jax.tree.map(
-    lambda g, p: (g / count).astype(p.dtype), grads, state.params
-  )
+  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
   # In float32 also where the weights are bfloat16.
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-  finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total)
+  finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total).all()
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  params, opt_state = jax.tree.map(
+  old = state.params, state.opt_state, state.loss_state
+  params, opt_state, loss_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
-    (params, opt_state),
-    (state.params, state.opt_state),
+    (params, opt_state, loss_state),
+    old,
   )
-  state = TrainState(state.step + 1, params, opt_state, state.skipped + ~finite)
+  step, moving = state.step + 1, state.reference
+  if moving is not None:
+    moving = jax.lax.cond(
+      step % sync_every == 0,
+      lambda: losses.mix_reference(moving, params, sync_mixup),
+      lambda: moving,
+    )
+  state = TrainState(
+    step, params, opt_state, state.skipped + ~finite, loss_state, moving
+  )
   sums |= {
     "grad_norm": losses.Sums(norm, jnp.float32(1)),
     "skipped": losses.Sums(1.0 - finite, jnp.float32(1)),
@@ -97,29 +110,74 @@ def train_step(
   return state, sums
 
 
+def _policy_scores(score, loss, reference, params, batch):
+  return score(
+    {**(reference or {}), **params}, batch,
+    tails=_reads_tails(loss), confidence=loss.wpo,
+  )  # fmt: skip
+
+
+def _reference_scores(score, loss, reference, batch):
+  if batch.reference is not None or not loss.needs_reference:
+    return batch.reference
+  return score(reference, batch, tails=_reads_tails(loss))
+
+
+def _reads_tails(loss: losses.Loss) -> bool:
+  return "policy_chosen_tail_logps" in loss.needs
+
+
+def _counts(loss: losses.Loss, batch: Batch) -> jax.Array:
+  """What the mean of the loss (of each of its terms) is divided by: that of the
+  whole batch, known before any part of it is scored. Scores do not enter; what
+  else is computed here the compiler drops."""
+  zeros = jnp.zeros(batch.lengths.shape, jnp.float32)
+  nothing = Scores(zeros, zeros, zeros)
+  out = loss(**loss_inputs(nothing, nothing, batch))
+  return jnp.maximum(losses.reduce(out, batch.weights)["loss"].count, 1.0)
+
+
 def loss_inputs(
-  policy: jax.Array, reference: jax.Array | None, batch: Batch
-) -> dict[str, jax.Array]:
+  policy: Scores,
+  reference: Scores | None,
+  batch: Batch,
+  *,
+  state: Any = None,
+  training: bool = True,
+) -> dict[str, Any]:
   """Everything a loss can ask for, by name; arrays of shape [B M].
 
   Args:
-    policy: f32[B M 2], log-probs of both branches.
+    policy: f32[B M K] each.
     reference: likewise, or None.
-    batch: lengths come from its slots.
+    batch: lengths, labels and weights; anything with these three will do.
+    state: what the loss carries.
+    training: False leaves that as it is.
   """
-  lengths = lengths_by_slot(batch.slot, batch.weights.shape[1])
+  ranked = batch.lengths.shape[-1] > 2
+  sides = ("gold", "chosen", "rejected") if ranked else ("chosen", "rejected")
+  lengths = batch.lengths.astype(jnp.float32)
   inputs = {
-    "chosen_lengths": lengths[..., 0],
-    "rejected_lengths": lengths[..., 1],
     "desirable": batch.desirable,
     "weights": batch.weights,
+    "ranked_lengths": lengths,
+    "state": state,
+    "training": training,
   }
-  for model, logps in (("policy", policy), ("reference", reference)):
-    if logps is not None:
-      inputs[f"{model}_chosen_logps"] = logps[..., 0]
-      inputs[f"{model}_rejected_logps"] = logps[..., 1]
-      inputs[f"{model}_logps"] = logps[..., 0]
-      inputs[f"{model}_kl_logps"] = logps[..., 1]
+  for i, side in enumerate(sides):
+    inputs[f"{side}_lengths"] = lengths[..., i]
+    if policy.confidence is not None:
+      inputs[f"{side}_confidence"] = policy.confidence[..., i]
+  for model, scores in (("policy", policy), ("reference", reference)):
+    if scores is None:
+      continue
+    inputs[f"{model}_ranked_logps"] = scores.logps
+    inputs[f"{model}_logps"] = scores.logps[..., 0]
+    inputs[f"{model}_kl_logps"] = scores.logps[..., 1]
+    for i, side in enumerate(sides):
+      inputs[f"{model}_{side}_logps"] = scores.logps[..., i]
+      if scores.tails is not None:
+        inputs[f"{model}_{side}_tail_logps"] = scores.tails[..., i]
   return inputs
 
 
@@ -127,19 +185,22 @@ def evaluate_step(
   params: Variables,
   reference: Variables | None,
   batch: Batch,
+  loss_state: Any = None,
   *,
   score: Score,
   loss: losses.Loss,
-) -> tuple[Sums, jax.Array, jax.Array | None]:
+) -> tuple[Sums, Scores, Scores | None]:
   """Loss and metrics of a batch without an update.
 
   Returns:
-    Sums as `train_step` gives them, and the log-probs f32[B M 2] of policy and
+    Sums as `train_step` gives them, and the scores f32[B M K] of policy and
     reference (None without one).
   """
-  policy = score({**(reference or {}), **params}, batch)
-  known = batch.reference_logps
+  policy = _policy_scores(score, loss, reference, params, batch)
+  known = batch.reference
   if known is None and reference is not None:
-    known = score(reference, batch)
-  out = loss(**loss_inputs(policy, known, batch))
+    known = score(reference, batch, tails=_reads_tails(loss))
+  out = loss(
+    **loss_inputs(policy, known, batch, state=loss_state, training=False)
+  )
   return losses.reduce(out, batch.weights), policy, known

@@ -113,7 +113,7 @@ REFUSED = {
   "fraction": ([*TRAIN, "--config.train.steps=1.5"], "1.5"),
   "section": ([*TRAIN, "--config.train=3"], "config.train"),
   "range": ([*TRAIN, "--config.train.batch_size=0"], "batch_size=0"),
-  "unknown loss": ([*TRAIN, "--config.loss.name=dop"], "'dpo'"),
+  "unknown loss": ([*TRAIN, "--config.loss.name=kt0"], "'kto'"),
   "option of another": ([*TRAIN, "--config.loss.lam=0.5"], "'lam'"),
   "loss range": ([*TRAIN, "--config.loss.beta=-1"], "beta"),
   "no source": ([*TRAIN], "config.data.source"),

@@ -123,9 +123,9 @@ def test_unknown_names_and_wrong_values_are_named_in_one_line(values, words):
 @pytest.mark.parametrize(
   "loss, words",
   [
-    ({}, ["config.loss.name=None", "dpo, ipo"]),
+    ({}, ["config.loss.name=None", "dpo, dpop"]),
     ({"name": 5}, ["config.loss.name=5"]),
-    ({"name": "dop"}, ["unknown loss 'dop'", "'dpo'?"]),
+    ({"name": "kt0"}, ["unknown loss 'kt0'", "'kto'?"]),
     ({"name": "dpo", "beta": "x"}, ["beta='x'", "float"]),
     ({"name": "dpo", "beta": -1.0}, ["beta=-1.0"]),
     ({"name": "dpo", "beta": math.nan}, ["beta=nan"]),

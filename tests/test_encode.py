@@ -203,6 +203,114 @@ def test_pairs_read_as_unpaired_give_both_sides_in_order():
   assert dropped == {"empty_response": 1, "identical_responses": 2}
 
 
+def responses_of(examples, i=0):
+  count = (examples.lengths[i] > 0).sum()
+  return [text(examples.response(i, k)) for k in range(count)]
+
+
+def test_a_ranking_keeps_all_its_responses_best_first():
+  rows = [
+    {"prompt": "p:", "responses": ["1", "2", "3", "4"]},
+    {"prompt": "p:", "responses": ["lo", "high"], "scores": [-1, 0.5]},
+  ]
+  examples, dropped, changed = encode(rows, kind="ranked")
+  assert responses_of(examples) == ["1$", "2$", "3$", "4$"]
+  assert responses_of(examples, 1) == ["high$", "lo$"]
+  assert examples.lengths.tolist() == [[2, 2, 2, 2], [5, 3, 0, 0]]
+  assert text(examples.prompt(1)) == "^p:"
+  assert (dropped, changed) == ({}, {})
+
+
+def test_a_chat_ranking_is_rendered_whole():
+  row = {"prompt": [USER], "responses": [turn("a"), [turn("b")], turn("c")]}
+  examples, _, _ = encode([row], kind="ranked")
+  assert text(examples.prompt(0)) == "^user: hi\nassistant:"
+  assert responses_of(examples) == [" a$", " b$", " c$"]
+
+
+@pytest.mark.parametrize(
+  ("row", "kept", "changed"),
+  [
+    ({"responses": ["a", "b", "a", "b"]}, "ab", {"duplicate_left_out": 1}),
+    ({"responses": ["a", "b", "a<|eos|>"]}, "ab", {"duplicate_left_out": 1}),
+    (
+      {"responses": ["a", "b", "c"], "scores": [1, 2, 1]},
+      "ba",
+      {"tie_left_out": 1},
+    ),
+    # The repeated answer counts at its better place and ties with nothing.
+    (
+      {"responses": ["a", "b", "a"], "scores": [1, 1, 2]},
+      "ab",
+      {"duplicate_left_out": 1},
+    ),
+    (
+      {"responses": ["a", "a", "b", "c"], "scores": [3, 3, 2, 2]},
+      "ab",
+      {"duplicate_left_out": 1, "tie_left_out": 1},
+    ),
+  ],
+)
+def test_what_has_no_place_of_its_own_in_a_ranking_is_left_out(
+  row, kept, changed
+):
+  examples, dropped, found = encode([{"prompt": "p"} | row], kind="ranked")
+  assert responses_of(examples) == [f"{letter}$" for letter in kept]
+  assert (dropped, found) == ({}, changed)
+
+
+def test_a_ranking_loses_what_the_cut_makes_equal():
+  row = {"prompt": "p", "responses": ["same A", "other", "same B"]}
+  examples, _, changed = encode([row], kind="ranked", max_length=6)
+  assert responses_of(examples) == ["same", "othe"]
+  assert changed == {"response_cut": 1, "duplicate_left_out": 1}
+
+
+@pytest.mark.parametrize(
+  ("row", "reason"),
+  [
+    ({"responses": ["a", "a", "a"]}, "identical_responses"),
+    ({"responses": ["a", "a<|eos|>"]}, "identical_responses"),
+    ({"responses": ["a", "b"], "scores": [1, 1.0]}, "tied_scores"),
+    ({"responses": ["long A", "long B", "long C"]}, "identical_after_cut"),
+    ({"responses": ["a", " ", "b"]}, "empty_response"),
+    ({"responses": ["a"]}, "bad_value"),
+    ({"responses": ["a", "b", "\ud800"]}, "bad_text"),
+    ({"chosen": "a", "rejected": "b"}, "wrong_shape"),
+  ],
+)
+def test_a_row_without_a_ranking_is_counted_or_stops(row, reason):
+  row = {"prompt": "p"} | row
+  good = {"prompt": "p", "responses": ["a", "b", "c"]}
+  kwargs = {"kind": "ranked", "max_length": 6}
+  examples, dropped, _ = encode([good, row], **kwargs)
+  assert (len(examples), dropped) == (1, {reason: 1})
+  with pytest.raises(DataError, match=rf"^f:1: .*\({reason}\)$"):
+    encode([good, row], on_bad_row="error", **kwargs)
+
+
+def test_rankings_give_pairs_of_best_and_worst_and_completions_of_the_best():
+  rows = [
+    {"prompt": "p", "responses": ["a", "b", "c"]},
+    {"prompt": "p", "responses": ["c", "a", "b", "d"], "scores": [1, 9, 5, 1]},
+    {"prompt": "p", "responses": ["a", "b", "a"]},
+    {"prompt": "p", "responses": ["a", "", "a"]},
+    {"prompt": "p", "responses": ["a", "b"], "scores": [0, 0]},
+  ]
+  examples, dropped, changed = encode(rows, kind="paired")
+  assert [responses_of(examples, i) for i in range(len(examples))] == [
+    ["a$", "c$"],
+    ["a$", "c$"],
+    ["a$", "b$"],
+  ]
+  assert dropped == {"empty_response": 1, "tied_scores": 1}
+  assert changed == {}
+  examples, dropped, _ = encode(rows, kind="sft")
+  assert [responses_of(examples, i) for i in range(5)] == [["a$"]] * 5
+  assert examples.lengths.tolist() == [[2, 0]] * 5
+  assert dropped == {}
+
+
 def test_sft_takes_what_was_liked():
   assert text(encode([PAIR], kind="sft")[0].chosen(0)) == " good$"
   rows = [{"prompt": "p", "completion": "c", "label": n} for n in (1, 0, 1)]
@@ -219,6 +327,8 @@ def test_sft_takes_what_was_liked():
     ({"prompt": "p", "completion": "c", "label": 1}, "paired"),
     ({"prompt": "p", "completion": "c"}, "paired"),
     ({"messages": [USER, turn("a")]}, "unpaired"),
+    ({"prompt": "p", "responses": ["a", "b"]}, "unpaired"),
+    (PAIR, "ranked"),
   ],
 )
 def test_a_kind_says_what_it_takes_and_what_it_found(row, kind):
@@ -233,7 +343,7 @@ def test_a_kind_says_what_it_takes_and_what_it_found(row, kind):
     ({"max_length": 3}, "at least 4"),
     ({"max_prompt_length": 1}, "at least 2"),
     ({"max_prompt_length": -1}, "at least 2"),
-    ({"kind": "pairs"}, "expected paired, unpaired, sft"),
+    ({"kind": "pairs"}, "expected paired, unpaired, sft, ranked"),
     ({"on_bad_row": "skip"}, "expected drop or error"),
   ],
 )

@@ -12,14 +12,15 @@ import pytest
 
 from dpo_jax import evaluate, judge, losses, metrics, sharding
 from dpo_jax.answers import Answerer, load_reward
+from dpo_jax.batch import Scores
 from dpo_jax.build import build, load_variables
 from dpo_jax.config import Config, Data, Model, Reference, Sample, Train
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
 from dpo_jax.errors import ConfigError
 from dpo_jax.evaluate import Evaluation, by_subset
-from dpo_jax.logps import sum_by_slot
 from dpo_jax.models import hf
+from dpo_jax.score import summed
 
 VOCABULARY = 40
 N = 23
@@ -46,8 +47,7 @@ def examples_of(kind, n=N, seed=0):
     tokens=rng.integers(0, VOCABULARY, total).astype(np.int32),
     offsets=np.concatenate([[0], np.cumsum(lengths.sum(axis=0))]),
     prompt_lengths=lengths[0],
-    chosen_lengths=lengths[1],
-    rejected_lengths=lengths[2],
+    lengths=lengths[1:].T,
     desirable=rng.random(n) < 0.5,
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),
@@ -57,11 +57,6 @@ def examples_of(kind, n=N, seed=0):
     report={},
     fingerprint="",
   )
-
-
-def table_score(table, batch):
-  """A model of token frequencies: no attention, so nothing to compile."""
-  return sum_by_slot(table[batch.target], batch.slot, batch.weights.shape[1])
 
 
 TABLES = [
@@ -74,8 +69,11 @@ def table_variables(i):
   return {"params": TABLES[i]}
 
 
-def score(variables, batch):
-  return table_score(variables["params"], batch)
+def score(variables, batch, *, tails=False, confidence=False):
+  """A model of token frequencies: no attention, so nothing to compile."""
+  table = variables["params"]
+  squares = jax.nn.logsumexp(2 * table) if confidence else None
+  return summed(table[batch.target], batch, tails=tails, squares=squares)
 
 
 MESH = sharding.make_mesh()
@@ -137,11 +135,11 @@ def test_means_do_not_depend_on_the_batch_size(name, evaluator_of):
     assert sorted(result.means) == sorted(wanted)
     for key, value in wanted.items():
       assert result.means[key] == pytest.approx(value, rel=2e-6, abs=1e-6)
-    np.testing.assert_allclose(result.policy, logps, atol=1e-5)
+    np.testing.assert_allclose(result.policy.logps, logps, atol=1e-5)
     if reference is None:
       assert result.reference is None
     else:
-      np.testing.assert_allclose(result.reference, known, atol=1e-5)
+      np.testing.assert_allclose(result.reference.logps, known, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [22, 23])  # 22 leaves a batch of one
@@ -161,6 +159,27 @@ def test_kto_is_finite_and_its_means_count_each_class(size, evaluator_of):
   assert means["rewards/rejected"] == pytest.approx(not_liked, abs=1e-5)
   margin = means["rewards/margins"]
   assert margin == pytest.approx(liked - not_liked, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 23])
+def test_a_mixture_divides_each_term_by_its_own_count(size, evaluator_of):
+  """Of several batches too: pairs by pairs, tokens by tokens."""
+  plan = plan_of(examples_of("paired"), size)
+  args = table_variables(0), table_variables(1), plan
+  terms = [evaluator_of(name)(*args).means["loss"] for name in ("dpo", "sft")]
+  mixed = evaluator_of("dpo+0.3*sft")(*args).means
+  assert mixed["loss"] == pytest.approx(terms[0] + 0.3 * terms[1], rel=1e-5)
+  assert mixed["loss/dpo"] == pytest.approx(terms[0], rel=1e-5)
+
+
+def test_evaluation_uses_the_state_of_a_loss_and_leaves_it(evaluator_of):
+  plan = plan_of(examples_of("unpaired"), 7)
+  args = table_variables(0), table_variables(1), plan
+  seen = losses.Sums(jnp.float32(6), jnp.float32(2))
+  none = losses.Sums(jnp.float32(0), jnp.float32(0))
+  state = type(losses.make("bco").initial_state())(seen, none)
+  assert evaluator_of("bco")(*args, state).means["delta"] == 3.0
+  assert evaluator_of("bco")(*args).means["delta"] == 0.0
 
 
 def test_an_untrained_policy_has_loss_log_2_and_accuracy_one_half(evaluator_of):
@@ -203,8 +222,7 @@ def subset_examples(subsets, names, chosen=1, rejected=1):
   return types.SimpleNamespace(
     subsets=subsets,
     subset_names=tuple(names),
-    chosen_lengths=np.full(len(subsets), chosen),
-    rejected_lengths=np.full(len(subsets), rejected),
+    lengths=np.tile([chosen, rejected], (len(subsets), 1)),
   )
 
 
@@ -213,7 +231,7 @@ def test_subsets_are_counted_apart_and_a_tie_is_half():
   reference = np.array([[-1, -1], [-2, -1], [-5, -5], [0, -9]], np.float32)
   # Margins: 1, -1, 0, -4.
   got = by_subset(
-    Evaluation({}, policy, reference),
+    Evaluation({}, Scores(policy), Scores(reference)),
     subset_examples([0, 1, 0, 1], ["chat", "code", "empty"]),
     losses.make("dpo"),
   )
@@ -229,7 +247,8 @@ def test_subsets_are_counted_apart_and_a_tie_is_half():
 def test_subset_accuracies_are_those_of_the_loss():
   # The longer answer is less likely as a whole, and likelier by the token;
   # ORPO compares by the token and reads no reference.
-  result = Evaluation({}, np.array([[-6.0, -3.0]] * 2), np.zeros((2, 2)))
+  logps = np.array([[-6.0, -3.0]] * 2)
+  result = Evaluation({}, Scores(logps), Scores(np.zeros((2, 2))))
   examples = subset_examples([0, 0], [""], chosen=10, rejected=2)
   dpo = by_subset(result, examples, losses.make("dpo"))
   orpo = by_subset(result, examples, losses.make("orpo"))

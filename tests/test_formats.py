@@ -21,6 +21,7 @@ SHAREGPT = {
   "chosen": {"from": "gpt", "value": "yes"},
   "rejected": {"from": "gpt", "value": "no"},
 }
+RANKED = {"prompt": "p", "responses": ["a", "b"]}
 PAIR_VIEW = ([USER], ([GOOD], [BAD]), None)
 
 
@@ -93,6 +94,30 @@ PAIR_VIEW = ([USER], ([GOOD], [BAD]), None)
       "completion",
       ([USER], ([GOOD],), None),
     ),
+    (
+      {"prompt": "p", "responses": ["a", "b", "c"]},
+      "ranked",
+      ("p", ("a", "b", "c"), None),
+    ),
+    (
+      {"prompt": [USER], "completions": [[GOOD], BAD]},
+      "ranked",
+      ([USER], ([GOOD], [BAD]), None),
+    ),
+    (
+      {"instruction": "i", "responses": ["a", "b"], "scores": None},
+      "ranked",
+      ("Instruction: i\nResponse:", (" a", " b"), None),
+    ),
+    (
+      {
+        "prompt": "p",
+        "responses": ["c", "a", "d", "b"],
+        "scores": [1, 9, 1, 2],
+      },
+      "ranked",
+      ("p", ("a", "b", "c", "d"), None),
+    ),
   ],
 )
 def test_each_shape_is_recognised_and_converted(row, fmt, view):
@@ -150,12 +175,47 @@ def test_a_row_of_no_shape_lists_the_shapes_and_its_keys(row):
       {"conversations": [{"from": ["x"], "value": "v"}], **ANSWERS},
       "'conversations[0].role' must be a string",
     ),
+    (RANKED | {"responses": "a"}, "'responses' must be a list of responses"),
+    (RANKED | {"responses": ["a"]}, "must have at least 2 responses, found 1"),
+    (
+      RANKED | {"responses": ["a", None]},
+      "'responses[1]' must be a string, found null",
+    ),
+    (
+      RANKED | {"prompt": [USER]},
+      "'responses[0]' must be a list of messages, found a string",
+    ),
+    (
+      {"prompt": [USER], "responses": [[GOOD], [USER]]},
+      "'responses[1]' must end with a message of role 'assistant'",
+    ),
+    (RANKED | {"scores": 3}, "'scores' must be a list of numbers, found a num"),
+    (RANKED | {"scores": [1, 2, 3]}, "'scores' must have 2 numbers, found 3"),
+    (
+      RANKED | {"scores": [1, "2"]},
+      "'scores[1]' must be a number, found a str",
+    ),
+    (
+      RANKED | {"scores": [float("nan"), 1]},
+      "'scores[0]' must be a finite number, found nan",
+    ),
   ],
 )
 def test_a_wrong_value_names_its_key(row, expected):
   with pytest.raises(DataError) as caught:
     to_example(row, detect_format(row))
   assert expected in str(caught.value)
+
+
+def test_scores_go_with_their_responses_highest_first():
+  row = {
+    "prompt": "p",
+    "responses": ["a", "b", "c"],
+    "scores": [1, 3.5, 10**400],
+  }
+  example = to_example(row, "ranked")
+  assert example.responses == ("c", "b", "a")
+  assert example.scores == (10**400, 3.5, 1)
 
 
 def test_equal_dialogues_become_equal_responses():

@@ -147,18 +147,57 @@ def test_no_array_of_all_rows_by_the_vocabulary_exists_in_the_gradient():
 def test_sums_by_slot_follow_the_slots_and_nothing_else():
   token_logps = jnp.array([[1.0, 2, 4, 8, 16], [1, 2, 4, 8, jnp.nan]])
   slot = jnp.array([[0, 1, 0, 3, 1], [2, 2, 2, 4, 4]])  # 4: padding of 2 places
-  sums = logps.sum_by_slot(token_logps, slot, 2)
+  sums = logps.sum_by_slot(token_logps, slot, (2, 2))
   np.testing.assert_array_equal(
     sums, [[[1 + 4, 2 + 16], [0, 8]], [[0, 0], [1 + 2 + 4, 0]]]
   )
+
+
+def test_what_lies_beyond_a_limit_is_counted_from_each_responses_start():
+  slot = jnp.array([[0, 0, 0, 1, 1, 3, 4], [2, 2, 2, 2, 4, 4, 4]])
+  limits = jnp.array([[[2, 2], [0, 0]], [[0, 0], [1, 9]]])
   np.testing.assert_array_equal(
-    logps.lengths_by_slot(slot, 2), [[[2, 2], [0, 1]], [[0, 0], [3, 0]]]
+    logps.beyond(slot, limits),
+    np.array([[0, 0, 1, 0, 0, 1, 0], [0, 1, 1, 1, 0, 0, 0]], bool),
   )
+
+
+@pytest.mark.parametrize("vocabulary", [3, 257])
+def test_squares_are_those_of_the_whole_distribution(vocabulary):
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.normal(size=(11, 5)), jnp.float32)
+  head = jnp.asarray(3 * rng.normal(size=(vocabulary, 5)), jnp.float32)
+  targets = jnp.asarray(rng.integers(0, vocabulary, 11))
+
+  def scored(hidden, head):
+    return logps.token_logps_and_squares(hidden, head, targets, tile=4)
+
+  tokens, squares = scored(hidden, head)
+  log_p = jax.nn.log_softmax(hidden @ head.T)
+  expected = jax.nn.logsumexp(2 * log_p, axis=-1)
+  np.testing.assert_allclose(squares, expected, rtol=1e-5, atol=1e-5)
+  plain = logps.token_logps(hidden, head, targets, tile=4)
+  np.testing.assert_array_equal(tokens, plain)
+  for i, expected in ((0, lambda h, w: plain_sum(h, w, targets)), (1, None)):
+    grads = jax.grad(lambda h, w, i=i: scored(h, w)[i].sum(), (0, 1))(
+      hidden, head
+    )
+    if expected is None:  # behind stop_gradient, in effect
+      assert not any(np.asarray(g).any() for g in grads)
+    else:
+      wanted = jax.grad(expected, (0, 1))(hidden, head)
+      for g, w in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+def plain_sum(hidden, head, targets):
+  log_p = jax.nn.log_softmax(hidden @ head.T)
+  return jnp.take_along_axis(log_p, targets[:, None], axis=-1).sum()
 
 
 def test_the_gradient_of_a_sum_by_slot_is_one_where_it_was_scored():
   slot = jnp.array([[0, 1, 0, 3, 4]])
-  f = lambda x: logps.sum_by_slot(x, slot, 2)[0, 0, 0]
+  f = lambda x: logps.sum_by_slot(x, slot, (2, 2))[0, 0, 0]
   np.testing.assert_array_equal(
     jax.grad(f)(jnp.ones((1, 5))), [[1, 0, 1, 0, 0]]
   )
@@ -167,5 +206,7 @@ def test_the_gradient_of_a_sum_by_slot_is_one_where_it_was_scored():
 def test_a_long_response_is_summed_to_float32_precision():
   # 100,000 tokens of -0.1: in bfloat16 the sum would stop at -32.
   n = 100_000
-  sums = logps.sum_by_slot(jnp.full((1, n), -0.1), jnp.zeros((1, n), int), 1)
+  sums = logps.sum_by_slot(
+    jnp.full((1, n), -0.1), jnp.zeros((1, n), int), (1, 2)
+  )
   np.testing.assert_allclose(sums[0, 0, 0], n * np.float32(-0.1), rtol=1e-5)

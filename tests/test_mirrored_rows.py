@@ -1,4 +1,4 @@
-"""A mirrored, packed row computes what two separate sequences would.
+"""A mirrored, packed row computes what separate sequences would.
 
 The models run in float32 as they are, and in float64 with the float32 that
 they ask for by name made float64: then layout is all that is left to differ.
@@ -85,17 +85,22 @@ def make_params(dtype=np.float32, seed=0):
 def examples(seed=0, lengths=tuple(LENGTHS)):
   rng = np.random.default_rng(seed)
   ids = lambda n: rng.integers(0, VOCABULARY, n).astype(np.int32)
-  return [Example(ids(p), ids(r), ids(q)) for p, r, q in lengths]
+  return [
+    Example(ids(p), ids(r), ids(q), rest=tuple(map(ids, rest)))
+    for p, r, q, *rest in lengths
+  ]
 
 
 def pack(rows, shape=None):
   """A batch of rows, each a list of examples; jax arrays."""
   if shape is None:
-    cost = lambda e: token_cost(*map(len, e[:3]))
+    cost = lambda e: token_cost(*map(len, (e.prompt, *e.responses)))
+    scored = lambda e: sum(map(len, e.responses))
     shape = RowShape(
       tokens=max(sum(map(cost, row)) for row in rows),
-      scored=max(sum(len(e.first) + len(e.second) for e in r) for r in rows),
+      scored=max(sum(map(scored, row)) for row in rows),
       examples=max(map(len, rows)),
+      branches=max(len(e.responses) for row in rows for e in row),
     )
   batch = empty_batch(len(rows), shape)
   for i, row in enumerate(rows):
@@ -103,10 +108,11 @@ def pack(rows, shape=None):
   return jax.tree.map(jnp.asarray, batch)
 
 
-def separately(params, model):
-  """Log-probs [2 N] of padded [prompt | response] rows, masked causally, with
-  a plain log-softmax: no key range but [0, i], no slot, no tile."""
-  pairs = [(e.prompt, y) for e in examples() for y in (e.first, e.second)]
+def separately(params, model, rows):
+  """Log-probs of all responses in padded [prompt | response] rows, masked
+  causally, with a plain log-softmax: no key range but [0, i], no slot, no
+  tile."""
+  pairs = [(e.prompt, y) for e in rows for y in e.responses]
   width = max(len(p) + len(y) for p, y in pairs)
   tokens = np.zeros((len(pairs), width), np.int32)
   scored = np.zeros((len(pairs), width), bool)
@@ -123,9 +129,9 @@ def separately(params, model):
 
 
 def in_rows(params, model, batch, order):
-  """Log-probs [2 N], in the order of the examples, from a packed batch."""
-  scores = score.make_score(model, tile=8)(params, batch)
-  return scores.reshape(-1, 2)[np.array(order)].reshape(-1)
+  """Log-probs [N K], in the order of the examples, from a packed batch."""
+  scores = score.make_score(model, tile=8)(params, batch).logps
+  return scores.reshape(-1, scores.shape[-1])[np.array(order)]
 
 
 PACKED = [[0, 1, 4], [2], [3, 5]]  # three places a row, two of them empty
@@ -152,15 +158,18 @@ def assert_close(a, b, rtol):
   np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-COTANGENT = np.random.default_rng(9).normal(size=2 * len(LENGTHS))
+@functools.cache
+def cotangent(responses):
+  return np.random.default_rng(9).normal(size=responses)
 
 
 @functools.cache
-def two_sequences(dtype):
+def separate_sequences(dtype, lengths):
+  rows = examples(lengths=lengths)
   return with_gradients(
-    lambda p: separately(p, make_model(dtype, attention="dense")),
+    lambda p: separately(p, make_model(dtype, attention="dense"), rows),
     make_params(dtype),
-    COTANGENT,
+    cotangent(sum(len(e.responses) for e in rows)),
   )
 
 
@@ -173,11 +182,13 @@ def test_mirrored_rows_equal_separate_sequences(precision, how, monkeypatch):
   params = make_params(dtype)
   batch = packed()
   values, grads = with_gradients(
-    lambda p: in_rows(p, make_model(dtype, attention=how), batch, PLACES),
+    lambda p: in_rows(
+      p, make_model(dtype, attention=how), batch, PLACES
+    ).reshape(-1),
     params,
-    COTANGENT,
+    cotangent(2 * len(LENGTHS)),
   )
-  expected, expected_grads = two_sequences(dtype)
+  expected, expected_grads = separate_sequences(dtype, tuple(LENGTHS))
   assert values.dtype == dtype
   assert_close(values, expected, precision)
   jax.tree.map(
@@ -187,18 +198,61 @@ def test_mirrored_rows_equal_separate_sequences(precision, how, monkeypatch):
   assert np.abs(expected[:9]).min() > 0.1
 
 
+# Prompt and response lengths of rankings of 3, 4 and 5, among two pairs.
+RANKINGS = (
+  (5, 3, 4, 2),
+  (2, 1, 3),
+  (4, 2, 5, 1, 3),
+  (1, 2, 1, 4, 1, 2),
+  (6, 1, 1, 5, 2, 1),
+  (3, 4, 2),
+)
+
+
+@pytest.mark.parametrize("how", ["dense", "blockwise"])
+def test_packed_rankings_equal_separate_sequences(precision, how, monkeypatch):
+  dtype = jnp.float64 if precision < 1e-6 else jnp.float32
+  if how == "blockwise":
+    small = functools.partial(attention.attention, block=8)
+    monkeypatch.setattr(layers, "attention", small)
+  rows = examples(lengths=RANKINGS)
+  batch = pack([[rows[i] for i in row] for row in ([3, 0, 5], [4], [1, 2])])
+  places = [1, 6, 7, 0, 3, 2]  # where ranking i lies among the 3 * 3 places
+  there = np.array([i < len(e) - 1 for e in RANKINGS for i in range(5)])
+  weights = np.zeros(len(there))
+  weights[there] = cotangent(int(there.sum()))
+  model = make_model(dtype, attention=how)
+  values, grads = with_gradients(
+    lambda p: in_rows(p, model, batch, places).reshape(-1),
+    make_params(dtype),
+    weights,
+  )
+  expected, expected_grads = separate_sequences(dtype, RANKINGS)
+  assert values.dtype == dtype
+  assert_close(values[there], expected, precision)
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, precision * 2), grads, expected_grads
+  )
+  assert np.abs(expected).min() > 0.1
+  assert not values[~there].any()  # responses that are not there
+
+
 # Keys that a query sees
 
 
 def brute_force_visibility(row):
-  """bool[T T] from the meaning of a row: each token is (example, branch, place
-  along that branch), and sees its own branch up to itself, and the prompt."""
+  """bool[T T] from the meaning of a row: each token is (copy of a prompt,
+  branch, place along that branch), and sees its own branch up to itself, and
+  the prompt. There is a copy for every two responses."""
   who = []
-  for e, example in enumerate(row):
-    p, r, q = len(example.prompt), len(example.first), len(example.second)
-    who += [(e, "second", p - 1 + i) for i in reversed(range(q))]
-    who += [(e, "prompt", i) for i in range(p - 1)]
-    who += [(e, "first", p - 1 + i) for i in range(r)]
+  for example in row:
+    p, branches = len(example.prompt), example.responses
+    for k in range(0, len(branches), 2):
+      r, q = map(len, (*branches[k : k + 2], ())[:2])
+      e = object()
+      who += [(e, "second", p - 1 + i) for i in reversed(range(q))]
+      who += [(e, "prompt", i) for i in range(p - 1)]
+      who += [(e, "first", p - 1 + i) for i in range(r)]
   sees = np.zeros((len(who), len(who)), bool)
   for i, (e, branch, place) in enumerate(who):
     for j, (other, seen, at) in enumerate(who):
@@ -210,13 +264,13 @@ def brute_force_visibility(row):
 def test_key_ranges_say_own_branch_so_far_and_the_whole_prompt(seed):
   rng = np.random.default_rng(seed)
   lengths = [
-    (rng.integers(1, 6), rng.integers(1, 5), rng.integers(0, 5))
-    for _ in range(rng.integers(1, 5))
+    (*rng.integers(1, 5, 2), rng.integers(0, 5), *rng.integers(1, 5, rest))
+    for rest in rng.integers(0, 4, rng.integers(1, 5))
   ]
   row = examples(seed, tuple(lengths))
   sees, places = brute_force_visibility(row)
   n, padding = len(sees), 5
-  batch = pack([row], RowShape(n + padding, 64, len(row)))
+  batch = pack([row], RowShape(n + padding, 99, len(row), branches=5))
   keys = np.arange(n + padding)
   ranges = (keys >= batch.key_start[0, :, None]) & (
     keys < batch.key_end[0, :, None]
@@ -299,7 +353,7 @@ def test_an_unknown_attention_is_refused():
 def scored_alone():
   model = make_model()
   batch = packed()
-  run = jax.jit(lambda p, b: score.make_score(model, tile=8)(p, b))
+  run = jax.jit(lambda p, b: score.make_score(model, tile=8)(p, b).logps)
   return run, make_params(), batch
 
 
@@ -354,13 +408,12 @@ class Distances:
   """DPO, and how far each log-ratio is from 0: a sum of which is 0 only where
   every one is."""
 
-  needs_reference = True
-  batch_coupled = False
+  dpo = losses.make("dpo")
+  needs, needs_reference = dpo.needs, dpo.needs_reference
+  batch_coupled, wpo = dpo.batch_coupled, dpo.wpo
 
   def __call__(self, **x):
-    out = losses.make("dpo")(
-      **{k: v for k, v in x.items() if k in losses.make("dpo").needs}
-    )
+    out = self.dpo(**x)
     far = sum(
       jnp.abs(x[f"policy_{s}_logps"] - x[f"reference_{s}_logps"])
       for s in ("chosen", "rejected")
@@ -433,7 +486,7 @@ def test_evaluation_at_the_reference_is_log_2_to_the_last_bit():
   )
   for batch in many_batches():
     sums, policy, reference = run(params, params, batch)
-    np.testing.assert_array_equal(policy, reference)
+    np.testing.assert_array_equal(policy.logps, reference.logps)
     assert sums["wrong"].total == 0
 
 

@@ -1,8 +1,11 @@
 """Plans and packing: pure functions of lengths, seed and step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from dpo_jax.batch import Scores
 from dpo_jax.data.pack import (
   Example,
   RowShape,
@@ -16,18 +19,18 @@ from dpo_jax.data.store import Examples
 from dpo_jax.errors import ConfigError
 
 
-def make_examples(prompt, chosen, rejected=None, kind="paired"):
+def make_examples(prompt, chosen, rejected=None, *rest, kind="paired"):
   """Examples of the given lengths; every token is a number of its own."""
   prompt, chosen = np.asarray(prompt), np.asarray(chosen)
   rejected = np.zeros_like(prompt) if rejected is None else np.asarray(rejected)
-  offsets = np.concatenate([[0], np.cumsum(prompt + chosen + rejected)])
+  lengths = np.stack([chosen, rejected, *rest], axis=1).astype(np.int32)
+  offsets = np.concatenate([[0], np.cumsum(prompt + lengths.sum(axis=1))])
   n = len(prompt)
   return Examples(
     tokens=np.arange(1, offsets[-1] + 1, dtype=np.int32),
     offsets=offsets.astype(np.int64),
     prompt_lengths=prompt.astype(np.int32),
-    chosen_lengths=chosen.astype(np.int32),
-    rejected_lengths=rejected.astype(np.int32),
+    lengths=lengths,
     desirable=np.arange(n) % 2 == 0,
     rows=np.arange(n, dtype=np.int64) + 1000,
     subsets=np.zeros(n, np.int32),
@@ -44,7 +47,16 @@ def pairs(n=50, seed=0, kind="paired"):
   rng = np.random.default_rng(seed)
   rejected = rng.integers(1, 12, n) if kind == "paired" else None
   prompt, chosen = rng.integers(1, 20, n), rng.integers(1, 12, n)
-  return make_examples(prompt, chosen, rejected, kind)
+  return make_examples(prompt, chosen, rejected, kind=kind)
+
+
+def rankings(n=50, most=4, seed=0):
+  """Small rankings of 2 to `most` responses."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 12, (most, n))
+  lengths[np.arange(most)[:, None] >= rng.integers(2, most + 1, n)] = 0
+  lengths[:, 0] = 5  # one that has all
+  return make_examples(rng.integers(1, 20, n), *lengths, kind="ranked")
 
 
 def dialogues(n=1000, seed=0, kind="paired"):
@@ -57,7 +69,7 @@ def dialogues(n=1000, seed=0, kind="paired"):
     for _ in range(2)
   )
   rejected = rejected if kind == "paired" else None
-  return make_examples(prompt, chosen, rejected, kind)
+  return make_examples(prompt, chosen, rejected, kind=kind)
 
 
 def members(planned):
@@ -203,7 +215,7 @@ def test_a_row_keeps_within_its_capacity(row_length):
   assert batch.source.shape == batch.slot.shape == batch.target.shape
   assert batch.source.shape[1] == shape.scored
   assert batch.weights.shape[1] == shape.examples
-  assert batch.reference_logps is None
+  assert batch.reference is None
 
 
 @pytest.mark.parametrize("kind", ["paired", "unpaired", "sft"])
@@ -240,6 +252,63 @@ def test_a_batch_tells_each_example_whole(kind):
     assert scored.sum() == plan._costs(who)[1].sum()
 
 
+@pytest.mark.parametrize("most", [2, 3, 4, 5])
+def test_every_token_of_every_ranked_response_is_scored_once(most):
+  """Reads prompts and responses back out of the arrays alone."""
+  x = rankings(most=most)
+  plan = Plan(x, batch_size=12, steps=5, seed=1)
+  assert plan.shape.branches == most
+  for step in range(5):
+    batch, ids = plan[step]
+    assert batch.lengths.shape == (*ids.shape, most)
+    places = np.argwhere(ids >= 0)
+    assert len(places) == batch.weights.sum() == 12
+    for row, place in places:
+      e = ids[row, place]
+      np.testing.assert_array_equal(batch.lengths[row, place], x.lengths[e])
+      for k in range(most):
+        response = x.response(e, k)
+        mine = batch.slot[row] == most * place + k
+        np.testing.assert_array_equal(batch.target[row, mine], response)
+        if not len(response):
+          continue
+        source = batch.source[row, mine]
+        np.testing.assert_array_equal(
+          batch.tokens[row, source], [x.prompt(e)[-1], *response[:-1]]
+        )
+        p = x.prompt_lengths[e]
+        np.testing.assert_array_equal(
+          batch.positions[row, source], p - 1 + np.arange(len(response))
+        )
+    # Nothing else is scored, no token scores two, and no place is left over.
+    scored = batch.slot < most * ids.shape[1]
+    tokens, responses = plan._costs(plan.members(step))
+    assert scored.sum() == responses.sum() == batch.lengths.sum()
+    assert (batch.slot[~scored] == most * ids.shape[1]).all()
+    for row, mine in enumerate(scored):
+      source = batch.source[row, mine]
+      assert len(set(source)) == len(source)
+    assert (batch.key_end > 0).sum() == tokens.sum()
+    assert not batch.lengths[ids < 0].any()
+
+
+def test_rankings_of_two_are_planned_as_pairs_are():
+  x = pairs()
+  ranked = dataclasses.replace(x, kind="ranked")
+  for step in range(3):
+    same(*(Plan(y, batch_size=8, steps=3)[step] for y in (x, ranked)))
+
+
+def test_a_row_holds_the_longest_ranking_whole():
+  x = make_examples([9, 9], [4, 1], [4, 1], [4, 0], [4, 0], [4, 0])
+  longest = 3 * 8 + 5 * 4
+  assert Plan(x, batch_size=2).shape.tokens >= longest
+  with pytest.raises(ConfigError, match=f"row 1000 takes {longest} tokens"):
+    Plan(x, batch_size=2, row_length=longest - 1)
+  batch, _ = Plan(x, batch_size=2, row_length=longest, shuffle=False)[0]
+  assert batch.tokens.shape == (2, longest)
+
+
 def test_an_unpaired_example_meets_the_completion_before_it_in_the_batch():
   x = pairs(20, kind="unpaired")
   for shuffle in (True, False):
@@ -262,16 +331,20 @@ def test_a_last_batch_of_one_still_meets_another_completion():
   np.testing.assert_array_equal(other, x.chosen(4))
 
 
-def test_known_reference_log_probs_lie_where_their_examples_do():
-  x = pairs()
-  known = np.stack([np.arange(50), -np.arange(50)], axis=1).astype(np.float32)
-  plan = Plan(x, batch_size=8, steps=3, reference_logps=known)
+@pytest.mark.parametrize("x", [pairs(), rankings(most=5)])
+def test_known_reference_scores_lie_where_their_examples_do(x):
+  k = x.lengths.shape[1]
+  known = np.arange(1, 50 * k + 1).reshape(50, k).astype(np.float32)
+  plan = Plan(x, batch_size=8, steps=3, reference=Scores(known, tails=-known))
   for step in range(3):
     batch, ids = plan[step]
-    assert batch.reference_logps.dtype == np.float32
-    for place in np.ndindex(ids.shape):
-      expected = known[ids[place]] if ids[place] >= 0 else [0, 0]
-      np.testing.assert_array_equal(batch.reference_logps[place], expected)
+    found = batch.reference
+    assert found.confidence is None
+    for scores, sign in ((found.logps, 1), (found.tails, -1)):
+      assert scores.dtype == np.float32
+      for place in np.ndindex(ids.shape):
+        expected = sign * known[ids[place]] if ids[place] >= 0 else [0] * k
+        np.testing.assert_array_equal(scores[place], expected)
 
 
 def test_a_row_too_short_names_the_data_row_and_both_lengths():
@@ -295,6 +368,14 @@ def test_token_cost_counts_the_prompts_last_token_once_a_branch():
   assert token_cost(4, 3, 2) == (4 - 1) + 3 + 2
 
 
+def test_token_cost_counts_a_prompt_for_every_two_responses_there_are():
+  assert token_cost(4, 3, 2, 5) == 2 * (4 - 1) + 3 + 2 + 5
+  assert token_cost(4, 3, 2, 5, 6, 7) == 3 * (4 - 1) + 3 + 2 + 5 + 6 + 7
+  assert token_cost(4, 3, 2, 0, 0) == token_cost(4, 3, 2)
+  columns = np.array([[4, 3, 2, 5, 0], [1, 3, 2, 5, 6]]).T
+  assert token_cost(*columns).tolist() == [16, 16]
+
+
 def test_fill_row_refuses_what_does_not_fit_or_is_empty():
   shape = RowShape(tokens=8, scored=5, examples=1)
   one = np.ones(1, np.int32)
@@ -304,6 +385,7 @@ def test_fill_row_refuses_what_does_not_fit_or_is_empty():
     [Example(np.ones(9, np.int32), one, one)],  # tokens
     [Example(one, np.ones(4, np.int32), np.ones(2, np.int32))],  # scored
     [Example(one, one, one)] * 2,  # examples
+    [Example(one, one, one, rest=(one,))],  # responses
   ):
     with pytest.raises(ValueError):
       fill_row(empty_batch(1, shape), 0, examples)

@@ -29,6 +29,10 @@ CHATS = [
   }
   for i in range(30)
 ]
+RANKINGS = [
+  {"prompt": f"p{i}", "responses": ["é", "", "x"], "scores": [2.5, 1, 1]}
+  for i in range(30)
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,9 @@ def rows_of(source, split="train"):
   return [row for _, row in read_rows(str(source), split)]
 
 
-@pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["pairs", "chats"])
+@pytest.mark.parametrize(
+  "rows", [PAIRS, CHATS, RANKINGS], ids=["pairs", "chats", "rankings"]
+)
 def test_rows_come_back_in_order(run, tmp_path, capsys, rows):
   source = write(tmp_path / "a.jsonl", rows)
   assert run("--input", source, "--output", tmp_path / "out") == 0

@@ -8,7 +8,12 @@ import pytest
 
 from dpo_jax.data import store
 from dpo_jax.data.encode import EncodeSettings
-from dpo_jax.data.store import Examples, check_vocabulary, load_examples
+from dpo_jax.data.store import (
+  Examples,
+  check_rankings,
+  check_vocabulary,
+  load_examples,
+)
 from dpo_jax.data.tokenizer import ByteTokenizer
 from dpo_jax.errors import DataError
 
@@ -85,8 +90,7 @@ def test_arrays_have_the_documented_types(examples):
     "tokens": "int32",
     "offsets": "int64",
     "prompt_lengths": "int32",
-    "chosen_lengths": "int32",
-    "rejected_lengths": "int32",
+    "lengths": "int32",
     "desirable": "bool",
     "rows": "int64",
     "subsets": "int32",
@@ -239,3 +243,69 @@ def test_token_ids_above_the_vocabulary_name_the_row(examples):
   check_vocabulary(examples, largest + 1)
   with pytest.raises(DataError, match=rf"row \d has token id {largest}"):
     check_vocabulary(examples, largest)
+
+
+RANKINGS = [
+  {"prompt": f"p{i}", "responses": list("abcde"[: 3 + i % 3])} for i in range(7)
+]
+RANKED = EncodeSettings(max_length=64, kind="ranked")
+
+
+@pytest.fixture
+def ranked_source(tmp_path):
+  path = tmp_path / "ranked.jsonl"
+  path.write_text("\n".join(map(json.dumps, RANKINGS)))
+  return str(path)
+
+
+def rankings(examples):
+  return [
+    [examples.prompt(i).tolist()]
+    + [examples.response(i, k).tolist() for k in range(n)]
+    for i, n in enumerate((examples.lengths > 0).sum(axis=1))
+  ]
+
+
+def test_rankings_survive_their_cache_slicing_and_selecting(
+  ranked_source, tmp_path, monkeypatch
+):
+  load = lambda: load_examples(
+    ranked_source, "train", BYTES, RANKED, str(tmp_path / "cache")
+  )
+  first = load()
+  whole = rankings(first)
+  assert [len(x) - 1 for x in whole] == [3, 4, 5, 3, 4, 5, 3]
+  assert whole[1][0] == [1, 3 + ord("p"), 3 + ord("1")]
+  assert whole[1][1:] == [[3 + ord(letter), 2] for letter in "abcd"]
+  assert first.lengths.shape == (7, 5)
+  monkeypatch.setattr(store, "encode_rows", None)  # must not be needed
+  second = load()
+  assert rankings(second) == whole and same(first, second)
+  assert isinstance(second.lengths, np.memmap)
+  # A part keeps the width, so that what is held out has the batches' shape.
+  part = second.slice(3, 5)
+  assert rankings(part) == whole[3:5] and part.lengths.shape == (2, 5)
+  assert rankings(second.select([6, 2])) == [whole[6], whole[2]]
+
+
+def test_the_kind_and_the_width_of_rankings_are_part_of_the_fingerprint(
+  ranked_source,
+):
+  prints = [
+    load_examples(ranked_source, split, BYTES, settings).fingerprint
+    for split in ("train", "train[:1]", "train[:2]")
+    for settings in (RANKED, SETTINGS)
+  ]
+  assert len(set(prints)) == len(prints)
+
+
+def test_a_ranking_too_short_for_a_loss_is_named(ranked_source, examples):
+  ranked = load_examples(ranked_source, "train", BYTES, RANKED)
+  check_rankings(ranked, 3)
+  check_rankings(examples, 2)
+  with pytest.raises(DataError) as caught:
+    check_rankings(ranked.slice(1, None), 4)
+  assert str(caught.value) == (
+    f"{ranked_source}: row 3 has 3 responses to rank, 2 rows of 6 have too few;"
+    " the loss needs 4 in every row"
+  )

@@ -18,7 +18,9 @@ import optax
 import pytest
 
 from dpo_jax import losses, score, sharding
+from dpo_jax.batch import Scores
 from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
+from dpo_jax.losses import registry
 from dpo_jax.models import llama
 from dpo_jax.train_step import TrainState, evaluate_step, train_step
 
@@ -28,8 +30,20 @@ CONFIG = llama.Config(
   head_dim=4,
 )  # fmt: skip
 ROWS, SHAPE = 8, RowShape(tokens=48, scored=32, examples=3)
-# Every registered loss; one that was added later runs here from that day.
-LOSSES = losses.names()
+# Each way a loss can be reduced, coupled, carried on and modified.
+LOSSES = {
+  "dpo": losses.make("dpo"),
+  "orpo": losses.make("orpo"),
+  "sft": losses.make("sft"),
+  "kto": losses.make("kto"),
+  "aot": losses.make("aot"),
+  "bco": losses.make("bco"),
+  "tpo": losses.make("tpo", beta=0.3),
+  "plackett_luce": losses.make("plackett_luce"),
+  "mixture": losses.make("dpo+0.5*sft"),
+  "ld_wpo": losses.make("ipo", ld_alpha=0.3, wpo=True),
+  "divergence": losses.make("dpo", divergence="js"),
+}
 # These programs run a few times; optimising them would take longer.
 quick_jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
@@ -64,18 +78,23 @@ TOY_SHAPES = {
 
 
 @functools.cache
-def make_batch(kind="paired", rows=ROWS, seed=0):
+def make_batch(kind="paired", rows=ROWS, seed=0, branches=3):
   """Rows of one to three examples of uneven lengths, so with empty places; one
   row is empty."""
   rng = np.random.default_rng(seed)
   ids = lambda n: rng.integers(0, VOCABULARY, n).astype(np.int32)
-  batch = empty_batch(rows, SHAPE)
+  shape = SHAPE
+  if kind == "ranked":  # a prompt twice, three responses
+    shape = RowShape(tokens=90, scored=60, examples=3, branches=branches)
+  batch = empty_batch(rows, shape)
   for row in range(rows - 1):
     some = []
     for place in range(1 + row % 3):
       p, r, q = rng.integers(1, 7), rng.integers(1, 6), rng.integers(1, 6)
       q = 0 if kind == "sft" else q
-      some.append(Example(ids(p), ids(r), ids(q), (row + place) % 3 == 0))
+      rest = tuple(ids(rng.integers(1, 6)) for _ in range(shape.branches - 2))
+      liked = (row + place) % 3 == 0
+      some.append(Example(ids(p), ids(r), ids(q), liked, rest))
     fill_row(batch, row, some)
   return batch
 
@@ -89,9 +108,11 @@ def make_params(seed, shapes=TOY_SHAPES):
   )
 
 
-def make_state(tx, seed=0, shapes=TOY_SHAPES):
+def make_state(tx, seed=0, shapes=TOY_SHAPES, loss=None):
   params = make_params(seed, shapes)
-  return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+  zero = jnp.int32(0)
+  carried = None if loss is None else loss.initial_state()
+  return TrainState(zero, params, tx.init(params), zero, carried)
 
 
 TX = optax.chain(optax.clip_by_global_norm(5.0), optax.adamw(0.02, eps=1e-3))
@@ -127,12 +148,12 @@ def assert_same(a, b, tolerance=1e-6):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_parts_of_a_batch_give_the_whole_batchs_numbers(name):
-  loss = losses.make(name)
+  loss = LOSSES[name]
   batch = make_batch(loss.kind)
   assert 0 < (batch.weights == 0).mean() < 0.6
   results = {}
   for parts in (1, 2, 4):
-    step, state = compiled(loss, parts), make_state(TX)
+    step, state = compiled(loss, parts), make_state(TX, loss=loss)
     for _ in range(2):  # the second also sees what the first one did
       state, sums = step(state, reference_for(loss), batch)
     results[parts] = state, sums
@@ -163,11 +184,111 @@ def test_a_step_keeps_the_dtypes_of_its_state(name, parts):
   assert all(jax.tree.leaves(kept))
 
 
+def test_bco_carries_its_rewards_from_step_to_step():
+  """A float64 account of two steps at rate 0, whatever the parts."""
+  loss, batches = (
+    losses.make("bco"),
+    [make_batch("unpaired", seed=s) for s in (0, 1)],
+  )
+  rewards, liked = [], []
+  for batch in batches:
+    policy, reference = (
+      np.asarray(quick_jit(SCORE)(make_params(s), batch).logps, np.float64)
+      for s in (1, 0)
+    )
+    there = batch.weights > 0
+    rewards.append(0.1 * (policy - reference)[there][:, 0])
+    liked.append(batch.desirable[there])
+  for parts in (1, 4):
+    tx = optax.sgd(0.0)
+    step = quick_jit(make_step(loss, microbatches=parts, tx=tx))
+    state = make_state(tx, 1, loss=loss)
+    for s, batch in enumerate(batches):
+      state, sums = step(state, make_params(0), batch)
+      r, d = (np.concatenate(x[: s + 1]) for x in (rewards, liked))
+      delta = (r[d].mean() + r[~d].mean()) / 2
+      np.testing.assert_allclose(sums["delta"].mean(), delta, rtol=1e-5)
+    assert state.loss_state.desirable.count == np.concatenate(liked).sum()
+
+
+def test_an_update_that_is_not_finite_leaves_the_state_of_the_loss():
+  loss, batch = losses.make("bco"), make_batch("unpaired")
+  known = np.full(batch.lengths.shape, np.inf, np.float32)
+  state = make_state(TX, loss=loss)
+  after, _ = compiled(loss)(
+    state, None, batch._replace(reference=Scores(known))
+  )
+  assert after.skipped == 1
+  assert_same(after.loss_state, state.loss_state, 0)
+
+
+@pytest.mark.parametrize("mixup", [1.0, 0.25])
+def test_a_reference_that_follows_is_mixed_every_so_many_steps(mixup):
+  loss, batch, start = losses.make("dpo"), make_batch(), make_params(1)
+  step = quick_jit(
+    functools.partial(make_step(loss), sync_every=2, sync_mixup=mixup)
+  )
+  state = make_state(TX)._replace(reference=start)
+  expected = start
+  for s in range(1, 5):
+    state, sums = step(state, None, batch)
+    if s % 2 == 0:
+      expected = jax.tree.map(
+        lambda r, p: (1 - mixup) * r + mixup * p, expected, state.params
+      )
+    assert_same(state.reference, expected, 1e-6)
+    # A hard update makes them equal, and the next step begins at log 2.
+    if mixup == 1 and s == 3:
+      np.testing.assert_allclose(sums["loss"].mean(), np.log(2), rtol=1e-6)
+
+
+def test_tails_and_confidences_are_those_of_the_responses_tokens():
+  batch, params = make_batch(), make_params(1)
+  scores = quick_jit(functools.partial(SCORE, tails=True, confidence=True))(
+    params, batch
+  )
+  toy = Toy()
+  hidden = toy.apply(params, *batch[:4])
+  log_p = jax.nn.log_softmax(hidden @ toy.unembed(params).T)
+  log_p = np.asarray(log_p, np.float64)
+  for row, place in np.argwhere(batch.weights > 0):
+    tokens, squares = [], []
+    for branch in (0, 1):
+      mine = batch.slot[row] == 2 * place + branch
+      at, ids = batch.source[row][mine], batch.target[row][mine]
+      tokens.append(log_p[row, at, ids])
+      squares.append(np.log((np.exp(log_p[row, at]) ** 2).sum(axis=-1)))
+    shorter = min(map(len, tokens))
+    for branch in (0, 1):
+      here = row, place, branch
+      np.testing.assert_allclose(
+        scores.tails[here], tokens[branch][shorter:].sum(), atol=1e-5
+      )
+      np.testing.assert_allclose(
+        scores.confidence[here], (tokens[branch] - squares[branch]).mean(),
+        rtol=1e-4,
+      )  # fmt: skip
+
+
+def test_a_mixture_has_the_gradient_of_the_sum_of_its_terms():
+  batch, reference, tx = make_batch(), make_params(1), optax.sgd(1.0)
+  moved = {}
+  for name in ("dpo", "sft", "dpo+0.5*sft"):
+    loss, state = losses.make(name), make_state(tx)
+    new, _ = quick_jit(make_step(loss, tx=tx))(state, reference, batch)
+    moved[name] = jax.tree.map(jnp.subtract, state.params, new.params)
+  assert_same(
+    moved["dpo+0.5*sft"],
+    jax.tree.map(lambda a, b: a + 0.5 * b, moved["dpo"], moved["sft"]),
+    2e-6,
+  )
+
+
 def test_the_kl_of_kto_is_that_of_the_global_batch_in_every_part():
   loss = losses.make("kto", beta=0.3)
   batch = make_batch("unpaired")
   policy, reference = (
-    np.asarray(quick_jit(SCORE)(make_params(seed), batch), np.float64)
+    np.asarray(quick_jit(SCORE)(make_params(seed), batch).logps, np.float64)
     for seed in (1, 0)
   )
   there = batch.weights > 0
@@ -188,7 +309,7 @@ def test_the_gradient_is_that_of_the_mean_loss():
   n = batch.slot[batch.slot < 6].size
 
   def mean(params):
-    return -SCORE(params, batch)[batch.weights > 0][:, 0].sum() / n
+    return -SCORE(params, batch).logps[batch.weights > 0][:, 0].sum() / n
 
   state = make_state(tx)
   new, sums = quick_jit(make_step(loss, tx=tx))(state, None, batch)
@@ -210,9 +331,9 @@ def test_a_loss_without_reference_never_scores_one():
   loss = losses.make("orpo")
   scored = []
 
-  def spy(variables, batch):
+  def spy(variables, batch, **options):
     scored.append(variables)
-    return SCORE(variables, batch)
+    return SCORE(variables, batch, **options)
 
   batch, state = make_batch(), make_state(TX)
   poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), make_params(1))
@@ -230,7 +351,7 @@ def test_a_loss_without_reference_never_scores_one():
 def test_known_reference_log_probs_give_the_update_of_scoring_them():
   loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
   scored = quick_jit(SCORE)(reference, batch)
-  known = batch._replace(reference_logps=scored)
+  known = batch._replace(reference=scored)
   for parts in (1, 2):
     step = compiled(loss, parts)
     online = step(make_state(TX), reference, batch)
@@ -239,7 +360,7 @@ def test_known_reference_log_probs_give_the_update_of_scoring_them():
 
 def test_known_log_probs_are_used_even_with_a_reference_at_hand():
   loss, batch, reference = losses.make("dpo"), make_batch(), make_params(1)
-  known = batch._replace(reference_logps=jnp.zeros((*batch.weights.shape, 2)))
+  known = batch._replace(reference=Scores(jnp.zeros(batch.lengths.shape)))
   _, sums = compiled(loss)(make_state(TX), reference, known)
   np.testing.assert_allclose(
     sums["rewards/chosen"].mean(),
@@ -265,9 +386,9 @@ def test_the_trained_collection_stands_over_the_references():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, parts):
   loss, reference = losses.make("dpo"), make_params(1)
   batch = make_batch()
-  known = np.zeros((*batch.weights.shape, 2), np.float32)
+  known = np.zeros(batch.lengths.shape, np.float32)
   known[1, 0, 0] = bad
-  poisoned = batch._replace(reference_logps=known)
+  poisoned = batch._replace(reference=Scores(known))
   step = compiled(loss, parts)
   state, sums = step(make_state(TX), reference, batch)
   assert sums["skipped"].total == 0
@@ -288,20 +409,22 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, parts):
   assert (later.step, later.skipped) == (3, 1)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
+  monkeypatch,
+):
   @jax.custom_vjp
   def broken(x):
     return x
 
   broken.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
 
-  class Broken:
-    needs_reference = batch_coupled = False
+  monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
-    def __call__(self, policy_chosen_logps, **_):
-      return losses.LossOutput(broken(policy_chosen_logps), {})
+  @losses.register
+  def no_gradient(policy_chosen_logps):
+    return losses.LossOutput(broken(policy_chosen_logps), {})
 
-  step = quick_jit(make_step(Broken()))
+  step = quick_jit(make_step(losses.make("no_gradient")))
   state = make_state(TX)
   after, sums = step(state, None, make_batch())
   assert np.isfinite(sums["loss"].total)
@@ -328,8 +451,8 @@ def test_evaluation_gives_the_numbers_of_the_step_before_its_update():
   sums, policy, known = quick_jit(step)(state.params, reference, batch)
   _, trained = compiled(loss)(state, reference, batch)
   assert_same(sums, {k: trained[k] for k in sums}, 2e-6)
-  assert policy.shape == known.shape == (*batch.weights.shape, 2)
-  np.testing.assert_array_equal(policy[batch.weights == 0], 0)
+  assert policy.logps.shape == known.logps.shape == batch.lengths.shape
+  np.testing.assert_array_equal(policy.logps[batch.weights == 0], 0)
 
 
 # Devices
@@ -340,6 +463,7 @@ ON_MESHES = [
   ("dpo", (2, 2, 2)),
   ("dpo", (1, 2, 4)),
   ("kto", (2, 2, 2)),  # its z0 is a mean over all devices
+  ("aot", (2, 2, 2)),  # and its ranks are those of all devices
 ]
 SHAPES = jax.tree.map(
   lambda x: x.shape,

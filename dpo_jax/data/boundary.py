@@ -5,6 +5,7 @@ boundary, and split where the prompt alone and the joint texts part.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 from dpo_jax.data.formats import common_prefix
 from dpo_jax.data.tokenizer import HFTokenizer
@@ -16,6 +17,11 @@ class Drop(Exception):
   def __init__(self, reason: str, sentence: str):
     super().__init__(sentence)
     self.reason = reason
+
+
+def distinct(items: Sequence) -> list[int]:
+  """Indices of what equals nothing before it."""
+  return [i for i, one in enumerate(items) if one not in items[:i]]
 
 
 def split_ids(
@@ -34,8 +40,8 @@ def split_ids(
 
   Returns:
     The prompt (begins with the beginning token, if the tokenizer or the text
-    has one), the responses (each ends with one end token unless cut), and
-    notes on what was changed.
+    has one), the responses (each ends with one end token unless cut; those
+    that equal one before them are left out), and notes on what was changed.
 
   Raises:
     Drop: nothing is left to predict, or nothing to predict it from.
@@ -48,26 +54,36 @@ def split_ids(
     raise Drop("empty_prompt", "no token to predict the answer from")
   prompt = begin + alone[:shared]
   responses = [_end(whole[shared:], tokenizer) for whole in wholes]
-  if _equal(responses):
-    raise Drop("identical_responses", "chosen and rejected have equal tokens")
-  notes = Counter(boundary_moved=shared < len(alone))
+  notes = Counter(boundary_moved=int(shared < len(alone)))
+  responses = _different(
+    responses, notes, "identical_responses", "all answers have equal tokens"
+  )
   if len(prompt) > prompt_limit:
     notes["prompt_cut"] = 1
     prompt = begin + prompt[len(begin) - prompt_limit :]
   room = max_length - len(prompt)
   if any(len(response) > room for response in responses):
     notes["response_cut"] = 1
-    responses = [response[:room] for response in responses]
-    if _equal(responses):
-      raise Drop(
-        "identical_after_cut", f"the first {room} tokens of both are equal"
-      )
+    responses = _different(
+      [response[:room] for response in responses],
+      notes,
+      "identical_after_cut",
+      f"the first {room} tokens of all answers are equal",
+    )
   assert prompt and all(responses), "a prompt or a response without tokens"
   return prompt, responses, notes
 
 
-def _equal(responses: list[list[int]]) -> bool:
-  return len(responses) == 2 and responses[0] == responses[1]
+def _different(
+  responses: list[list[int]], notes: Counter, reason: str, sentence: str
+) -> list[list[int]]:
+  """The responses that equal none before them; Drop if that leaves one."""
+  kept = distinct(responses)
+  if len(kept) < min(2, len(responses)):
+    raise Drop(reason, sentence)
+  if len(kept) < len(responses):
+    notes["duplicate_left_out"] = 1
+  return [responses[i] for i in kept]
 
 
 def _strip_bos(

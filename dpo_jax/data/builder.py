@@ -53,7 +53,7 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
     }
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Preference data: prompts with one or two responses.",
+      description="Preference data: prompts with their responses.",
       features=tfds.features.FeaturesDict(features),
       disable_shuffling=True,
     )
@@ -97,21 +97,29 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
 
 
 def normalise(row: dict, fmt: str) -> dict:
-  """The columns stored for a row: prompt, its responses, label, subset.
+  """The columns stored for a row: prompt, its responses, their scores, label,
+  subset.
 
   Raises:
     DataError: a value has the wrong type, or text cannot be UTF-8.
   """
   example = formats.to_example(row, fmt)
-  pair = ("chosen", "rejected")
-  names = ("prompt", *(pair if fmt in formats.PAIRED else ("completion",)))
+  values = {"prompt": example.prompt}
+  if fmt == "ranked":
+    values["responses"] = example.responses
+    if example.scores:
+      values["scores"] = example.scores
+  else:
+    pair = ("chosen", "rejected")
+    names = pair if fmt in formats.PAIRED else ("completion",)
+    values |= zip(names, example.responses)
   columns = {}
-  for name, text in zip(names, (example.prompt, *example.responses)):
-    if not isinstance(text, str):
-      text = json.dumps(text, ensure_ascii=False)
+  for name, value in values.items():
+    if not isinstance(value, str):
+      value = json.dumps(value, ensure_ascii=False)
       name += JSON_SUFFIX
-    check_text(text, repr(name))
-    columns[name] = text
+    check_text(value, repr(name))
+    columns[name] = value
   if example.desirable is not None:
     columns["label"] = example.desirable
   if "subset" in row:

@@ -3,8 +3,8 @@
 People ask what something is like; answers praise or scold, and sometimes talk
 of another thing. The true reward counts kind words minus unkind ones, less a
 penalty for the wrong subject. Preferences between two random answers are drawn
-from Bradley-Terry with that reward, so the best achievable numbers are known
-too.
+from Bradley-Terry with that reward, and rankings of three from Plackett-Luce,
+so the best achievable numbers are known too.
 """
 
 import json
@@ -18,6 +18,7 @@ _THINGS = ("dog", "boat", "soup", "song", "kite", "hat", "cake", "garden")
 KIND = ("lovely", "bright", "gentle", "clever", "merry", "splendid")
 UNKIND = ("dreary", "nasty", "clumsy", "rotten", "gloomy", "dull")
 _WRONG_SUBJECT = 2.0  # penalty
+_RANKED = 3  # answers in a ranking
 
 
 def true_reward(prompt: str, response: str) -> float:
@@ -37,18 +38,21 @@ def write_corpus(
   directory: str | pathlib.Path, *, pairs: int = 4000, seed: int = 0
 ) -> dict[str, pathlib.Path]:
   """Writes `sft.jsonl` (prompt, completion) and `pairs.jsonl` (prompt, chosen,
-  rejected), one seeded stream for both.
+  rejected), one seeded stream for both, and `rankings.jsonl` (prompt,
+  responses) from another; `pairs` rows each.
 
   Returns:
-    The two paths, under "sft" and "pairs".
+    The three paths, under "sft", "pairs" and "rankings".
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   rng = random.Random(seed)
+  rankings = random.Random(f"rankings {seed}")
   sft = [_ask(rng) for _ in range(pairs)]
   rows = {
     "sft": [{"prompt": p, "completion": _answer(rng, p)} for p in sft],
     "pairs": [_pair(rng) for _ in range(pairs)],
+    "rankings": [_ranking(rankings) for _ in range(pairs)],
   }
   paths = {}
   for name, lines in rows.items():
@@ -77,3 +81,20 @@ def _pair(rng: random.Random) -> dict[str, str]:
   if rng.random() > 1 / (1 + math.exp(-gap)):
     one, other = other, one
   return {"prompt": prompt, "chosen": one, "rejected": other}
+
+
+def _ranking(rng: random.Random) -> dict[str, str | list[str]]:
+  """Different answers, best first: each place goes to one of those left, with
+  odds of e to its reward."""
+  prompt = _ask(rng)
+  left: list[str] = []
+  while len(left) < _RANKED:
+    answer = _answer(rng, prompt)
+    if answer not in left:
+      left.append(answer)
+  ranked = []
+  while left:
+    odds = [math.exp(true_reward(prompt, answer)) for answer in left]
+    ranked += rng.choices(left, odds)
+    left.remove(ranked[-1])
+  return {"prompt": prompt, "responses": ranked}

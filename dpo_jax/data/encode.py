@@ -1,4 +1,4 @@
-"""Rows to token ids: one prompt, one or two responses, each cut and ended.
+"""Rows to token ids: a prompt and its responses, each cut and ended.
 
 What is left of a row here is what training sees, so everything dropped or
 changed on the way is counted under a name.
@@ -8,10 +8,10 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_jax.data import chat, formats
+from dpo_jax.data import chat, formats, ranking
 from dpo_jax.data.boundary import Drop, split_ids
 from dpo_jax.data.encode_settings import KINDS, EncodeSettings
 from dpo_jax.data.formats import RawExample
@@ -23,8 +23,9 @@ CHUNK = 1000  # rows tokenised at a time
 
 @dataclass
 class Encoded:
-  """Examples end to end: prompt, first response, second response.
+  """Examples end to end: prompt, then the responses, best first.
 
+  `lengths` has those of all responses, `counts` how many are an example's.
   `dropped` and `changed` count examples by reason; a row that cannot be read
   counts as one. `first_dropped` has the place of the first of each reason.
   """
@@ -33,8 +34,8 @@ class Encoded:
   rows: int = 0
   tokens: array = field(default_factory=lambda: array("i"))
   prompt_lengths: array = field(default_factory=lambda: array("i"))
-  chosen_lengths: array = field(default_factory=lambda: array("i"))
-  rejected_lengths: array = field(default_factory=lambda: array("i"))
+  lengths: array = field(default_factory=lambda: array("i"))
+  counts: array = field(default_factory=lambda: array("i"))
   desirable: list[bool] = field(default_factory=list)
   row_numbers: array = field(default_factory=lambda: array("q"))
   subsets: array = field(default_factory=lambda: array("i"))
@@ -57,7 +58,7 @@ class _Pending:
   texts: tuple[str, ...]
   desirable: bool
   subset: str
-  extra_turns: bool
+  notes: Counter
 
 
 def encode_rows(
@@ -113,7 +114,11 @@ class _Encoder:
 
   def _prepare(self, where: str, row: dict | DataError) -> Iterator[_Pending]:
     try:
-      example = self._read(where, row)
+      example, notes = self._read(where, row), Counter()
+      if self.result.format == "ranked" and self.settings.kind != "sft":
+        example, left_out = ranking.strict(example)
+        # Of pairs, what lies between best and worst is left out anyhow.
+        notes = left_out if self.settings.kind == "ranked" else notes
     except Drop as drop:
       self._count(where, drop)
       return
@@ -134,7 +139,7 @@ class _Encoder:
         texts,
         part.desirable is not False,
         part.subset,
-        _has_extra_turns(part),
+        notes | Counter(extra_turns=int(_has_extra_turns(part))),
       )
 
   def _read(self, where: str, row: dict | DataError) -> RawExample:
@@ -171,18 +176,19 @@ class _Encoder:
     self.result.format = fmt
 
   def _by_kind(self, example: RawExample) -> Iterator[RawExample]:
-    prompt, subset = example.prompt, example.subset
-    pair = len(example.responses) == 2
-    if self.settings.kind == "sft" and example.desirable is False:
+    kind, responses = self.settings.kind, example.responses
+    if kind == "sft" and example.desirable is False:
       self.result.dropped["undesirable_skipped"] += 1
-    elif self.settings.kind == "sft" and pair:
-      yield RawExample(prompt, example.responses[:1], None, subset)
-    elif self.settings.kind == "unpaired" and pair:
-      same = example.responses[0] == example.responses[1]
-      for response, desirable in zip(example.responses, (True, False)):
+    elif kind == "sft":
+      yield replace(example, responses=responses[:1])
+    elif kind == "paired":
+      yield replace(example, responses=(responses[0], responses[-1]))
+    elif kind == "unpaired" and len(responses) == 2:
+      same = responses[0] == responses[1]
+      for response, desirable in zip(responses, (True, False)):
         # Both sides of an equal pair would say the opposite of each other.
-        responses = example.responses if same else (response,)
-        yield RawExample(prompt, responses, desirable, subset)
+        part = responses if same else (response,)
+        yield replace(example, responses=part, desirable=desirable)
     else:
       yield example
 
@@ -220,13 +226,12 @@ class _Encoder:
     notes: Counter,
   ) -> None:
     result = self.result
-    result.changed.update(notes, extra_turns=one.extra_turns)
+    result.changed.update(one.notes | notes)
     for ids in (prompt, *responses):
       result.tokens.extend(ids)
     result.prompt_lengths.append(len(prompt))
-    result.chosen_lengths.append(len(responses[0]))
-    second = len(responses[1]) if len(responses) == 2 else 0
-    result.rejected_lengths.append(second)
+    result.lengths.extend(map(len, responses))
+    result.counts.append(len(responses))
     result.desirable.append(one.desirable)
     result.row_numbers.append(one.row)
     names = result.subset_names
@@ -257,12 +262,9 @@ def _content(text: formats.Text) -> str:
 
 
 def _check_example(example: RawExample) -> None:
-  for name, text in zip(
-    ("prompt", "first response", "second response"),
-    (example.prompt, *example.responses),
-  ):
+  for i, text in enumerate((example.prompt, *example.responses)):
     for part in [text] if isinstance(text, str) else map(_all_text, text):
-      check_text(part, name)
+      check_text(part, f"response {i}" if i else "prompt")
 
 
 def _all_text(value: Any) -> str:

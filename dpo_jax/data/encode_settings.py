@@ -7,9 +7,10 @@ from dpo_jax.errors import ConfigError
 
 # Kind of training: the formats it can be fed.
 KINDS = {
-  "paired": formats.PAIRED,
+  "paired": (*formats.PAIRED, "ranked"),
   "unpaired": formats.UNPAIRED + formats.PAIRED,
   "sft": tuple(formats.FORMATS),
+  "ranked": ("ranked",),
 }
 
 
@@ -20,9 +21,10 @@ class EncodeSettings:
   Attributes:
     max_length: most tokens of a prompt with one response.
     max_prompt_length: most tokens of a prompt; 0 is half of `max_length`.
-    kind: `paired` needs pairs; `unpaired` takes labelled completions, and
-      pairs as two of them; `sft` takes completions, the chosen response of
-      pairs, and what is labelled desirable.
+    kind: `paired` takes pairs, and the best and the worst of rankings;
+      `unpaired` takes labelled completions, and pairs as two of them; `sft`
+      takes completions, the best response of pairs and rankings, and what is
+      labelled desirable; `ranked` takes rankings.
     on_bad_row: `drop` counts a row that cannot be used and goes on, `error`
       stops at it.
   """

@@ -7,10 +7,11 @@ A prompt and its responses are strings, or lists of chat messages
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_jax.data import values
 from dpo_jax.data.sources import kind_of
+from dpo_jax.data.values import Message
 from dpo_jax.errors import DataError
 
-Message = dict[str, Any]
 Text = str | list[Message]
 
 # Format name: how a row of it looks. The text is what an error message shows.
@@ -21,27 +22,30 @@ FORMATS = {
   "unpaired": "prompt + completion + label (strings, true or false)",
   "unpaired_messages": "messages + label, or prompt + completion + label",
   "completion": "prompt + completion, or messages",
+  "ranked": "prompt + responses (a list, best first, or in any order + scores)",
 }
 PAIRED = ("paired", "paired_messages", "paired_implicit")
 UNPAIRED = ("unpaired", "unpaired_messages")
 
+_RANKED_KEYS = ("responses", "completions")
+
 HH_ANSWER = "\n\nAssistant:"
 HH_TURNS = ("\n\nHuman:", HH_ANSWER)
-
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class RawExample:
-  """One row: a prompt and one or two responses, best first.
+  """One row: a prompt and its responses, best first.
 
-  `desirable` is None unless the row carries a label.
+  `desirable` is None unless the row carries a label. `scores` is empty, or has
+  the score of each response.
   """
 
   prompt: Text
   responses: tuple[Text, ...]
   desirable: bool | None = None
   subset: str = ""
+  scores: tuple[float, ...] = ()
 
 
 def detect_format(row: dict) -> str:
@@ -71,6 +75,9 @@ def detect_format(row: dict) -> str:
     )
   if "instruction" in row and "output" in row:
     return "completion"
+  asked = "prompt" in row or "instruction" in row
+  if asked and any(key in row for key in _RANKED_KEYS):
+    return "ranked"
   keys = ", ".join(map(str, row)) or "none"
   shapes = "; ".join(FORMATS.values())
   raise DataError(
@@ -88,6 +95,9 @@ def to_example(row: dict, fmt: str) -> RawExample:
   if fmt in PAIRED:
     prompt, chosen, rejected = _pair(row, fmt)
     return RawExample(prompt, (chosen, rejected), None, subset)
+  if fmt == "ranked":
+    prompt, responses, scores = _ranking(row)
+    return RawExample(prompt, responses, None, subset, scores)
   desirable = _label(row) if fmt in UNPAIRED else None
   prompt, response = _single(row)
   return RawExample(prompt, (response,), desirable, subset)
@@ -97,30 +107,64 @@ def _pair(row: dict, fmt: str) -> tuple[Text, Text, Text]:
   if fmt == "paired_implicit":
     if isinstance(row["chosen"], list):
       return _split_messages(
-        _messages(row, "chosen"), _messages(row, "rejected")
+        values.messages(row, "chosen"), values.messages(row, "rejected")
       )
-    return split_hh(_string(row, "chosen"), _string(row, "rejected"))
+    return split_hh(
+      values.string(row, "chosen"), values.string(row, "rejected")
+    )
   if fmt == "paired_messages":
     key = "prompt" if "prompt" in row else "conversations"
-    answers = (_answer(row, "chosen"), _answer(row, "rejected"))
-    return _messages(row, key), *answers
+    answers = (values.answer(row, "chosen"), values.answer(row, "rejected"))
+    return values.messages(row, key), *answers
   if "prompt" in row:
-    texts = (_string(row, key) for key in ("prompt", "chosen", "rejected"))
+    texts = (
+      values.string(row, key) for key in ("prompt", "chosen", "rejected")
+    )
     return tuple(texts)
-  answers = (" " + _string(row, key) for key in ("chosen", "rejected"))
+  answers = (" " + values.string(row, key) for key in ("chosen", "rejected"))
   return _instruction_prompt(row), *answers
 
 
 def _single(row: dict) -> tuple[Text, Text]:
   for key in ("messages", "conversations"):
     if key in row:
-      messages = _answer(row, key)
+      messages = values.answer(row, key)
       return messages[:-1], messages[-1:]
   if "prompt" not in row:
-    return _instruction_prompt(row), " " + _string(row, "output")
+    return _instruction_prompt(row), " " + values.string(row, "output")
   if isinstance(row["prompt"], list):
-    return _messages(row, "prompt"), _answer(row, "completion")
-  return _string(row, "prompt"), _string(row, "completion")
+    return values.messages(row, "prompt"), values.answer(row, "completion")
+  return values.string(row, "prompt"), values.string(row, "completion")
+
+
+def _ranking(row: dict) -> tuple[Text, tuple[Text, ...], tuple[float, ...]]:
+  key = next(key for key in _RANKED_KEYS if key in row)
+  if not isinstance(row[key], list):
+    raise DataError(
+      f"{key!r} must be a list of responses, found {kind_of(row[key])}"
+    )
+  count = len(row[key])
+  if count < 2:
+    raise DataError(f"{key!r} must have at least 2 responses, found {count}")
+  listed = {f"{key}[{i}]": one for i, one in enumerate(row[key])}
+  if "prompt" not in row:
+    prompt = _instruction_prompt(row)
+    responses = [" " + values.string(listed, place) for place in listed]
+  elif isinstance(row["prompt"], list):
+    prompt = values.messages(row, "prompt")
+    responses = [values.answer(listed, place) for place in listed]
+  else:
+    prompt = values.string(row, "prompt")
+    responses = [values.string(listed, place) for place in listed]
+  if row.get("scores") is None:
+    return prompt, tuple(responses), ()
+  scores = values.numbers(row, "scores", count)
+  order = sorted(range(count), key=lambda i: -scores[i])
+  return (
+    prompt,
+    tuple(responses[i] for i in order),
+    tuple(scores[i] for i in order),
+  )
 
 
 def split_hh(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -160,22 +204,15 @@ def _split_messages(chosen: list[Message], rejected: list[Message]) -> Any:
     raise DataError("chosen and rejected share no first message")
   responses = chosen[shared:], rejected[shared:]
   for key, response in zip(("chosen", "rejected"), responses):
-    _check_answer(response, key)
+    values.check_answer(response, key)
   return chosen[:shared], *responses
 
 
 def _instruction_prompt(row: dict) -> str:
-  text = f"Instruction: {_string(row, 'instruction')}\n"
+  text = f"Instruction: {values.string(row, 'instruction')}\n"
   if row.get("input"):
-    text += f"Input: {_string(row, 'input')}\n"
+    text += f"Input: {values.string(row, 'input')}\n"
   return text + "Response:"
-
-
-def _string(row: dict, key: str) -> str:
-  value = row.get(key)
-  if not isinstance(value, str):
-    raise DataError(f"{key!r} must be a string, found {kind_of(value)}")
-  return value
 
 
 def _label(row: dict) -> bool:
@@ -193,43 +230,3 @@ def _subset(row: dict) -> str:
   if not isinstance(subset, str):
     raise DataError(f"'subset' must be a string, found {kind_of(subset)}")
   return subset
-
-
-def _messages(row: dict, key: str) -> list[Message]:
-  """A list of messages, ShareGPT's `from`/`value` turned into role/content."""
-  value = row.get(key)
-  if isinstance(value, dict):
-    value = [value]
-  if not isinstance(value, list) or not value:
-    found = "an empty list" if value == [] else kind_of(value)
-    raise DataError(f"{key!r} must be a list of messages, found {found}")
-  return [_message(one, f"{key}[{i}]") for i, one in enumerate(value)]
-
-
-def _message(value: Any, place: str) -> Message:
-  if not isinstance(value, dict):
-    raise DataError(f"{place!r} must be a message, found {kind_of(value)}")
-  # Columnar files write null where a message lacks a key that others have.
-  message = {key: inner for key, inner in value.items() if inner is not None}
-  if "role" not in message and "from" in message:
-    role, content = message["from"], message.get("value")
-    message = {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content}
-  for key in ("role", "content"):
-    if not isinstance(message.get(key), str):
-      found = kind_of(message.get(key))
-      raise DataError(f"'{place}.{key}' must be a string, found {found}")
-  return message
-
-
-def _answer(row: dict, key: str) -> list[Message]:
-  messages = _messages(row, key)
-  _check_answer(messages, key)
-  return messages
-
-
-def _check_answer(messages: list[Message], key: str) -> None:
-  role = messages[-1]["role"]
-  if role != "assistant":
-    raise DataError(
-      f"{key!r} must end with a message of role 'assistant', found {role!r}"
-    )

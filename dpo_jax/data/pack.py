@@ -16,6 +16,11 @@ class Example(NamedTuple):
   first: np.ndarray  # i32[r], r >= 1
   second: np.ndarray  # i32[q], q >= 0
   desirable: bool = True
+  rest: tuple[np.ndarray, ...] = ()  # further responses of a ranking
+
+  @property
+  def responses(self) -> tuple[np.ndarray, ...]:
+    return self.first, self.second, *self.rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +30,18 @@ class RowShape:
   tokens: int
   scored: int
   examples: int
+  branches: int = 2  # responses an example has at most
 
 
-def token_cost(prompt, first, second):
+def token_cost(prompt, first, second, *rest):
   """Row tokens an example takes: its branches, and the prompt but its last
-  token, of which each branch has a copy. Works on ints and on arrays."""
-  return prompt - 1 + first + second
+  token, of which each branch has a copy. The prompt is there once for every two
+  responses. Works on ints and on arrays."""
+  cost = prompt - 1 + first + second
+  for i in range(0, len(rest), 2):
+    pair = sum(rest[i : i + 2])
+    cost = cost + pair + (prompt - 1) * (pair > 0)
+  return cost
 
 
 def first_fit_decreasing(
@@ -83,7 +94,8 @@ def empty_batch(rows: int, shape: RowShape) -> Batch:
     key_end=zeros(t),
     source=zeros(s),
     target=zeros(s),
-    slot=np.full((rows, s), 2 * m, np.int32),
+    slot=np.full((rows, s), shape.branches * m, np.int32),
+    lengths=np.zeros((rows, m, shape.branches), np.int32),
     weights=zeros(m, np.float32),
     desirable=zeros(m, bool),
   )
@@ -98,45 +110,60 @@ def fill_row(batch: Batch, row: int, examples: Iterable[Example]) -> None:
   """
   at = scored = 0
   for place, example in enumerate(examples):
-    p, r, q = len(example.prompt), len(example.first), len(example.second)
+    lengths = [len(response) for response in example.responses]
+    p, r = len(example.prompt), lengths[0]
     if p < 1 or r < 1:
       raise ValueError(
         f"an example needs a prompt and a response token, got {p} and {r}"
       )
-    start, end = at + q, at + q + p - 1  # of the prompt, without its last token
-    stop = end + r
     if (
-      stop > batch.tokens.shape[1]
-      or scored + r + q > batch.source.shape[1]
+      at + token_cost(p, *lengths) > batch.tokens.shape[1]
+      or scored + sum(lengths) > batch.source.shape[1]
       or place >= batch.weights.shape[1]
+      or len(lengths) > batch.lengths.shape[2]
     ):
       raise ValueError("these examples do not fit in one row")
-    here = slice(at, stop)
-    index = np.arange(at, stop)
-    last = example.prompt[-1:]
-    batch.tokens[row, here] = np.concatenate(
-      [
-        np.concatenate([last, example.second[:-1]])[::-1] if q else [],
-        example.prompt[:-1],
-        last,
-        example.first[:-1],
-      ]
-    )
-    # Before the prompt, positions count away from it.
-    batch.positions[row, here] = np.where(
-      index < start, p - 1 + (start - 1 - index), index - start
-    )
-    batch.key_start[row, here] = np.where(index < start, index, start)
-    batch.key_end[row, here] = np.where(index < start, end, index + 1)
-    for branch, source, target in (
-      (0, end + np.arange(r), example.first),
-      (1, start - 1 - np.arange(q), example.second),
-    ):
-      to = slice(scored, scored + len(target))
-      batch.source[row, to] = source
-      batch.target[row, to] = target
-      batch.slot[row, to] = 2 * place + branch
-      scored += len(target)
+    for branch in range(0, len(lengths), 2):
+      two = (*example.responses[branch : branch + 2], example.prompt[:0])[:2]
+      if not sum(map(len, two)):
+        continue
+      slot = place * batch.lengths.shape[2] + branch
+      at, scored = _fill_pair(batch, row, at, scored, slot, example.prompt, two)
+    batch.lengths[row, place, : len(lengths)] = lengths
     batch.weights[row, place] = 1.0
     batch.desirable[row, place] = example.desirable
-    at = stop
+
+
+def _fill_pair(batch, row, at, scored, slot, prompt, two) -> tuple[int, int]:
+  """Writes a prompt between two of its responses; returns where it ends, in
+  row tokens and in scored ones."""
+  first, second = two
+  p, r, q = len(prompt), len(first), len(second)
+  start, end = at + q, at + q + p - 1  # of the prompt, without its last token
+  stop = end + r
+  here = slice(at, stop)
+  index = np.arange(at, stop)
+  last = prompt[-1:]
+  batch.tokens[row, here] = np.concatenate(
+    [
+      np.concatenate([last, second[:-1]])[::-1] if q else [],
+      prompt[:-1],
+      np.concatenate([last, first[:-1]]) if r else [],
+    ]
+  )
+  # Before the prompt, positions count away from it.
+  batch.positions[row, here] = np.where(
+    index < start, p - 1 + (start - 1 - index), index - start
+  )
+  batch.key_start[row, here] = np.where(index < start, index, start)
+  batch.key_end[row, here] = np.where(index < start, end, index + 1)
+  for branch, source, target in (
+    (0, end + np.arange(r), first),
+    (1, start - 1 - np.arange(q), second),
+  ):
+    to = slice(scored, scored + len(target))
+    batch.source[row, to] = source
+    batch.target[row, to] = target
+    batch.slot[row, to] = slot + branch
+    scored += len(target)
+  return stop, scored

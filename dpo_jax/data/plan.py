@@ -5,13 +5,14 @@ at a step needs nothing but the step: a resumed run continues with one integer,
 and any number of hosts computes the same plan.
 """
 
+import dataclasses
 import functools
 import logging
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.batch import Batch
+from dpo_jax.batch import Batch, Scores
 from dpo_jax.data.pack import (
   Example,
   RowShape,
@@ -53,7 +54,7 @@ class Plan:
     rows_multiple: int = 1,
     scored_multiple: int = 8,
     row_counts: int = 4,
-    reference_logps: np.ndarray | None = None,
+    reference: Scores | None = None,
   ):
     """Plans all steps; cost is that of packing lengths, no token is read.
 
@@ -70,7 +71,7 @@ class Plan:
       scored_multiple: likewise for scored tokens a row.
       row_counts: most different numbers of rows that batches may have; each is
         a shape to compile.
-      reference_logps: f32[N 2] to hand out with the batches.
+      reference: f32[N K] each, to hand out with the batches.
 
     Raises:
       ConfigError: a row too short for the longest example, or unpaired data
@@ -80,7 +81,7 @@ class Plan:
     self.batch_size = batch_size
     self.seed = seed
     self.shuffle = shuffle
-    self.reference_logps = reference_logps
+    self.reference = reference
     self._mismatched = examples.kind == "unpaired"
     if self._mismatched and min(batch_size, len(examples)) < 2:
       raise ConfigError(
@@ -111,10 +112,8 @@ class Plan:
       examples = (self._example(members[i], others[i]) for i in places)
       fill_row(batch, row, examples)
       ids[row, : len(places)] = members[places]
-    if self.reference_logps is not None:
-      known = self.reference_logps[np.maximum(ids, 0)]
-      known = np.where(ids[..., None] >= 0, known, 0).astype(np.float32)
-      batch = batch._replace(reference_logps=known)
+    if self.reference is not None:
+      batch = batch._replace(reference=self._known(ids))
     return Planned(batch, ids)
 
   def members(self, step: int) -> np.ndarray:
@@ -138,6 +137,15 @@ class Plan:
     """Tokens through the layers over all steps, padding included."""
     return int(self._row_count.sum()) * self.shape.tokens
 
+  def _known(self, ids: np.ndarray) -> Scores:
+    """The reference's scores of a batch; 0 in empty places."""
+
+    def pick(x):
+      found = np.where(ids[..., None] >= 0, x[np.maximum(ids, 0)], 0)
+      return found.astype(np.float32)
+
+    return Scores(*(None if x is None else pick(x) for x in self.reference))
+
   def _others(self, members: np.ndarray) -> np.ndarray:
     """Whose completion each member is mismatched with: that of the nearest
     other example before it in the batch, around its end; of the data, where a
@@ -152,16 +160,23 @@ class Plan:
 
   def _example(self, e: int, other: int) -> Example:
     x = self.examples
-    second = x.chosen(other) if self._mismatched else x.rejected(e)
-    return Example(x.prompt(e), x.chosen(e), second, bool(x.desirable[e]))
+    first, second, *rest = map(
+      functools.partial(x.response, e), range(x.lengths.shape[1])
+    )
+    if self._mismatched:
+      second = x.chosen(other)
+    return Example(
+      x.prompt(e), first, second, bool(x.desirable[e]), tuple(rest)
+    )
 
   def _costs(self, members) -> tuple[np.ndarray, np.ndarray]:
     """Row tokens and scored tokens of a step's examples."""
     x = self.examples
-    first, second = x.chosen_lengths[members], x.rejected_lengths[members]
+    lengths = x.lengths[members]
     if self._mismatched:
-      second = x.chosen_lengths[self._others(members)]
-    return token_cost(x.prompt_lengths[members], first, second), first + second
+      lengths[:, 1] = x.chosen_lengths[self._others(members)]
+    tokens = token_cost(x.prompt_lengths[members], *lengths.T)
+    return tokens, lengths.sum(axis=1)
 
   def _rows(self, step: int, shape: RowShape | None = None) -> list[list[int]]:
     tokens, scored = self._costs(self.members(step))
@@ -171,12 +186,13 @@ class Plan:
 
   def _choose_shape(self, row_length: int, multiple: int) -> RowShape:
     x = self.examples
-    second = x.rejected_lengths
+    lengths = x.lengths
     if self._mismatched:
-      second = np.full_like(second, x.chosen_lengths.max())
-    tokens = token_cost(x.prompt_lengths, x.chosen_lengths, second)
+      lengths = lengths.copy()
+      lengths[:, 1] = x.chosen_lengths.max()
+    tokens = token_cost(x.prompt_lengths, *lengths.T)
     longest = int(tokens.max())
-    widest = _round_up(int((x.chosen_lengths + second).max()), multiple)
+    widest = _round_up(int(lengths.sum(axis=1).max()), multiple)
     most = min(
       _MAX_EXAMPLES,
       self.batch_size,
@@ -190,7 +206,7 @@ class Plan:
         f" {worst} takes {longest} tokens; lower max_length or raise row_length"
       )
     least = _round_up(longest, 64 if longest > 64 else 16)
-    lengths = [row_length] if row_length else [least, 2 * least, 4 * least]
+    sizes = [row_length] if row_length else [least, 2 * least, 4 * least]
     steps = np.unique(
       np.linspace(0, self._steps - 1, min(_SAMPLE, self._steps)).astype(int)
     )
@@ -200,10 +216,11 @@ class Plan:
 
     # Longer rows pack better and cost more attention: worth it from 5 % on.
     best, shape = np.inf, None
-    for t in lengths:
-      cost = rows(RowShape(t, t, int(most))) * t
+    for t in sizes:
+      option = RowShape(t, t, int(most), lengths.shape[1])
+      cost = rows(option) * t
       if cost < 0.95 * best:
-        best, shape = cost, RowShape(t, t, int(most))
+        best, shape = cost, option
     # The narrower the scored part, the smaller the head's share and the more
     # rows are needed. A scored token costs about half of a row token.
     options = {
@@ -211,7 +228,7 @@ class Plan:
     }
     best, chosen = np.inf, shape
     for s in sorted(options):
-      option = RowShape(shape.tokens, s, shape.examples)
+      option = dataclasses.replace(shape, scored=s)
       cost = rows(option) * (option.tokens + 0.5 * s)
       if cost < best:
         best, chosen = cost, option

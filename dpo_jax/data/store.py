@@ -15,7 +15,7 @@ from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import DataError
 
 # Counts up when the same rows and settings would give other arrays.
-VERSION = 1
+VERSION = 2
 
 _log = logging.getLogger("dpo_jax")
 
@@ -25,12 +25,12 @@ class Examples:
   """N examples, their tokens end to end.
 
   Attributes:
-    tokens: i32[total]; of each example the prompt, the first response, then
-      the second.
+    tokens: i32[total]; of each example the prompt, then its responses, best
+      first.
     offsets: i64[N + 1], where each example begins in `tokens`.
     prompt_lengths: i32[N].
-    chosen_lengths: i32[N], of the first (or only) response.
-    rejected_lengths: i32[N], 0 where there is no second response.
+    lengths: i32[N K], of the responses, 0 behind the last; K is the most that
+      an example has, and at least 2.
     desirable: bool[N], True unless labelled otherwise.
     rows: i64[N], the row of the source (of the slice of it), from 0.
     subsets: i32[N], index into `subset_names`.
@@ -41,8 +41,7 @@ class Examples:
   tokens: np.ndarray
   offsets: np.ndarray
   prompt_lengths: np.ndarray
-  chosen_lengths: np.ndarray
-  rejected_lengths: np.ndarray
+  lengths: np.ndarray
   desirable: np.ndarray
   rows: np.ndarray
   subsets: np.ndarray
@@ -55,20 +54,34 @@ class Examples:
   def __len__(self) -> int:
     return len(self.prompt_lengths)
 
+  @property
+  def chosen_lengths(self) -> np.ndarray:
+    """i32[N], of the first (or only) response."""
+    return self.lengths[:, 0]
+
+  @property
+  def rejected_lengths(self) -> np.ndarray:
+    """i32[N], of the second response; 0 where there is none."""
+    return self.lengths[:, 1]
+
   def prompt(self, i: int) -> np.ndarray:
     """i32[prompt_lengths[i]], a view."""
     start = self.offsets[i]
     return self.tokens[start : start + self.prompt_lengths[i]]
 
+  def response(self, i: int, k: int) -> np.ndarray:
+    """i32[lengths[i, k]], a view."""
+    before = self.lengths[i, :k].sum()
+    start = self.offsets[i] + self.prompt_lengths[i] + before
+    return self.tokens[start : start + self.lengths[i, k]]
+
   def chosen(self, i: int) -> np.ndarray:
-    """i32[chosen_lengths[i]], a view."""
-    start = self.offsets[i] + self.prompt_lengths[i]
-    return self.tokens[start : start + self.chosen_lengths[i]]
+    """i32[lengths[i, 0]], a view."""
+    return self.response(i, 0)
 
   def rejected(self, i: int) -> np.ndarray:
-    """i32[rejected_lengths[i]], a view."""
-    start = self.offsets[i] + self.prompt_lengths[i] + self.chosen_lengths[i]
-    return self.tokens[start : start + self.rejected_lengths[i]]
+    """i32[lengths[i, 1]], a view."""
+    return self.response(i, 1)
 
   def slice(self, start: int | None, stop: int | None) -> "Examples":
     """The examples of `[start:stop]`, as views."""
@@ -179,6 +192,19 @@ def check_vocabulary(examples: Examples, vocab_size: int) -> None:
     )
 
 
+def check_rankings(examples: Examples, least: int) -> None:
+  """Raises DataError if an example has fewer than `least` responses."""
+  counts = (examples.lengths > 0).sum(axis=1)
+  short = np.flatnonzero(counts < least)
+  if len(short):
+    i = int(short[0])
+    raise DataError(
+      f"{examples.report['source']}: row {examples.rows[i]} has {counts[i]} "
+      f"responses to rank, {len(short)} rows of {len(examples)} have too few; "
+      f"the loss needs {least} in every row"
+    )
+
+
 def _assemble(
   encoded: Encoded,
   source: str,
@@ -200,21 +226,17 @@ def _assemble(
       f"({_counts(report['dropped'])}); first: "
       f"{encoded.first_error or 'nothing wrong'}"
     )
-  lengths = [
-    np.array(values, dtype=np.int32)
-    for values in (
-      encoded.prompt_lengths,
-      encoded.chosen_lengths,
-      encoded.rejected_lengths,
-    )
-  ]
-  totals = np.cumsum(sum(lengths), dtype=np.int64)
+  prompt_lengths = np.array(encoded.prompt_lengths, dtype=np.int32)
+  counts = np.array(encoded.counts)
+  k = max(2, counts.max())
+  lengths = np.zeros((len(encoded), k), np.int32)
+  lengths[np.arange(k) < counts[:, None]] = encoded.lengths
+  totals = np.cumsum(prompt_lengths + lengths.sum(axis=1), dtype=np.int64)
   arrays = {
     "tokens": np.frombuffer(encoded.tokens, dtype=np.int32),
     "offsets": np.concatenate([np.zeros(1, np.int64), totals]),
-    "prompt_lengths": lengths[0],
-    "chosen_lengths": lengths[1],
-    "rejected_lengths": lengths[2],
+    "prompt_lengths": prompt_lengths,
+    "lengths": lengths,
     "desirable": np.array(encoded.desirable, dtype=bool),
     "rows": np.array(encoded.row_numbers, dtype=np.int64),
     "subsets": np.array(encoded.subsets, dtype=np.int32),

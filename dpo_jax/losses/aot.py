@@ -48,7 +48,7 @@ def aot(
   reference_rejected_logps: jax.Array,
   weights: jax.Array | None = None,
   *,
-  beta: float = 0.1,
+  beta: float = 0.01,
   label_smoothing: float = 0.0,
 ) -> LossOutput:
   """Alignment via Optimal Transport, Melnyk et al. 2024 (2406.05882), paired.

@@ -22,7 +22,7 @@ INPUTS: Mapping[str, str] = {
   "gold_lengths": "scored tokens of the gold response",
   "policy_ranked_logps": "f[... K], log pi(y_k | x), the best response first",
   "reference_ranked_logps": "f[... K], log ref(y_k | x)",
-  "ranked_lengths": "f[... K], scored tokens; 0 where there is no k-th response",
+  "ranked_lengths": "f[... K], scored tokens; 0 where no k-th response is",
   "policy_logps": "log pi(y | x) of an unpaired completion",
   "reference_logps": "log ref(y | x) of an unpaired completion",
   "policy_kl_logps": "log pi(y' | x), y' the completion of another example",

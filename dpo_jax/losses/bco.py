@@ -42,15 +42,17 @@ def bco(
   beta: float = 0.1,
   shift: str = "classes",
 ) -> LossOutput:
-  """Binary Classifier Optimization, Jung et al. 2024 (2404.04656).
+  """Binary Classifier Optimization, Jung et al. 2024 (2404.04656), eq. 7-8.
 
       desirable:    -log sigmoid(r - delta)
-      undesirable:  -u log sigmoid(-(r - delta)),   r = beta * (log pi - log ref)
+      undesirable:  -u log sigmoid(-(r - delta))
+      r = beta * (log pi(y|x) - log ref(y|x))
 
-  delta is a running mean of rewards over all batches so far, this one included,
-  without gradient; evaluation (`training=False`) uses it and leaves it as it
-  is. It is explicit state: hand `output.state` in with the next batch. The
-  batch is the global one, under accumulation as well.
+  delta is a running mean of rewards over all batches so far, this one
+  included, without gradient; evaluation (`training=False`) uses it and leaves
+  it as it is. It is explicit state: hand `output.state` in with the next batch.
+  The batch is the global one, under accumulation as well. The mean is over all
+  batches alike, as in TRL; the paper takes an exponentially decaying one.
 
   Args:
     policy_logps: f[...].

@@ -22,7 +22,8 @@ def cpo(
   alpha: float = 1.0,
   label_smoothing: float = 0.0,
 ) -> LossOutput:
-  """Contrastive Preference Optimization, Xu et al. 2024 (2401.08417).
+  """Contrastive Preference Optimization, Xu et al. 2024 (2401.08417), eq. 3
+  and 5.
 
       -log sigmoid(beta * (log pi(y_w|x) - log pi(y_l|x))) + alpha * NLL(y_w|x)
 

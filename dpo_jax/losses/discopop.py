@@ -23,9 +23,10 @@ def discopop(
       d = beta * (h_w - h_l),   h = log pi(y|x) - log ref(y|x)
 
   The logistic loss for pairs in the wrong order, the exponential one for the
-  rest. Not convex: the loss has a local optimum at slightly negative d. The
-  product m exp(-d) is formed in log space; elsewhere it is NaN below d = -88.
-  EasyDeL's tau is 1.
+  rest. Not convex: it has a local optimum at a slightly negative d, and at the
+  reference (d = 0) its gradient points there, so a batch that is all ties first
+  narrows margins. The product m exp(-d) is formed in log space; elsewhere it is
+  NaN below d = -88. EasyDeL's tau is 1.
 
   Args:
     policy_chosen_logps: f[...].
@@ -33,7 +34,8 @@ def discopop(
     reference_chosen_logps: f[...].
     reference_rejected_logps: f[...].
     beta: larger keeps nearer to the reference.
-    tau: width of the passage from one loss to the other, in rewards.
+    tau: width of the passage from one loss to the other, in rewards; larger
+      mixes them over more pairs.
   """
   check_range("beta", beta, 0.0, float("inf"))
   check_range("tau", tau, 1e-9, float("inf"))

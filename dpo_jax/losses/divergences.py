@@ -2,7 +2,7 @@
 
 Maximising E[r] - beta D_f(pi || ref) gives r = beta f'(pi/ref) + const(x), so a
 loss of the difference of two log-ratios becomes one of the difference of two
-scores f'(u), u = pi(y|x) / ref(y|x). Wang et al. 2023 (2309.16240), table 1.
+scores f'(u), u = pi(y|x) / ref(y|x). Wang et al. 2023 (2309.16240).
 """
 
 import math

@@ -38,8 +38,8 @@ def dpo(
     beta: strength of the KL constraint. A larger beta keeps the policy nearer
       to the reference, and at the reference gives larger raw gradients, which
       are beta/2 times those of the log-prob difference.
-    label_smoothing: in [0, 0.5], the assumed rate of flipped labels; the larger,
-      the smaller the margin at which a pair is content.
+    label_smoothing: in [0, 0.5], the assumed rate of flipped labels; the
+      larger, the smaller the margin at which a pair is content.
   """
   check_range("beta", beta, 0.0, float("inf"))
   check_range("label_smoothing", label_smoothing, 0.0, 0.5)

@@ -35,7 +35,8 @@ def dpop(
     reference_chosen_logps: f[...].
     reference_rejected_logps: f[...].
     beta: larger keeps nearer to the reference.
-    lam: the paper's lambda, the penalty in nats a lost nat; 0 is DPO.
+    lam: the paper's lambda, the penalty in nats a lost nat; larger holds the
+      chosen response up more, 0 is DPO.
   """
   check_range("beta", beta, 0.0, float("inf"))
   check_range("lam", lam, 0.0, float("inf"))

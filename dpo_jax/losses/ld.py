@@ -11,9 +11,9 @@ def desensitize(
 
       log p(head) + ld_alpha * log p(tail)
 
-  The head is as long as the shorter response of the pair. `ld_alpha` = 1 changes
-  nothing, 0 leaves the tail out. It goes to policy and reference alike, as in
-  TRL from 0.29 on; others desensitise the policy only.
+  The head is as long as the shorter response of the pair. `ld_alpha` = 1
+  changes nothing, 0 leaves the tail out. It goes to policy and reference alike,
+  as in TRL from 0.29 on; others desensitise the policy only.
 
   Args:
     logps: f[...], of the whole response.

@@ -14,16 +14,9 @@ from dpo_jax.losses import registry
 from dpo_jax.losses.base import LossOutput, check_range
 from dpo_jax.losses.divergences import divergence_score
 from dpo_jax.losses.ld import desensitize
+from dpo_jax.losses.registry import MODIFIERS
 from dpo_jax.losses.wpo import wpo_weights
 
-# Options of `make` that are no hyper-parameter of one method. At these values
-# they change nothing.
-MODIFIERS: Mapping[str, Any] = {
-  "divergence": "reverse_kl",
-  "divergence_alpha": 0.5,
-  "ld_alpha": 1.0,
-  "wpo": False,
-}
 _SIDES = ("chosen", "rejected")
 
 
@@ -119,6 +112,13 @@ class Loss:
     return _kind(self.needs)
 
   @property
+  def responses(self) -> int:
+    """How many responses an example of its data has at least."""
+    if "policy_gold_logps" in self.needs:
+      return 3
+    return 2 if self.kind in ("paired", "ranked") else 1
+
+  @property
   def needs_scores(self) -> bool:
     """True where it trains a reward model, not a policy."""
     return "chosen_scores" in self.needs
@@ -134,6 +134,11 @@ class Loss:
     return states[0] if states else None
 
   def __call__(self, *arrays: jax.Array, **inputs: Any) -> LossOutput:
+    if len(arrays) > len(self.needs):
+      raise TypeError(
+        f"loss {self.name!r} takes {', '.join(self.needs)}; given:"
+        f" {len(arrays)} arrays"
+      )
     inputs |= dict(zip(self.needs, arrays, strict=False))
     self._check_complete(inputs)
     # As each registered function does: nothing below is computed in bfloat16.
@@ -354,8 +359,8 @@ def _check_mixture(loss: Loss) -> None:
   if "unpaired" in kinds and len(kinds) > 1:
     other = next(n for kind, n in kinds.items() if kind != "unpaired")
     raise ValueError(
-      f"{kinds['unpaired']!r} reads labelled completions and {other!r} preferred"
-      " ones; no batch holds both"
+      f"{kinds['unpaired']!r} reads labelled completions and {other!r}"
+      " preferred ones; no batch holds both"
     )
   if {"paired", "ranked"} <= kinds.keys():
     raise ValueError(
@@ -365,8 +370,8 @@ def _check_mixture(loss: Loss) -> None:
   scores = [t.name for t in loss.terms if "chosen_scores" in t.needs]
   if scores and len(loss.terms) > 1:
     raise ValueError(
-      f"{scores[0]!r} trains a reward model, the other terms a policy; they have"
-      " no model in common"
+      f"{scores[0]!r} trains a reward model, the other terms a policy; they"
+      " have no model in common"
     )
   if len({t.name for t in loss.terms}) < len(loss.terms):
     raise ValueError(f"loss {loss.name!r} names a term twice")

@@ -16,7 +16,7 @@ def nca(
   *,
   beta: float = 0.01,
 ) -> LossOutput:
-  """Noise Contrastive Alignment, Chen et al. 2024 (2402.05369), eq. 11, K = 2.
+  """Noise Contrastive Alignment, Chen et al. 2024 (2402.05369), K = 2.
 
       -log sigmoid(r_w) - 1/2 (log sigmoid(-r_w) + log sigmoid(-r_l)),
       r = beta * (log pi(y|x) - log ref(y|x))
@@ -30,7 +30,7 @@ def nca(
     policy_rejected_logps: f[...].
     reference_chosen_logps: f[...].
     reference_rejected_logps: f[...].
-    beta: the paper's alpha; larger keeps nearer to the reference.
+    beta: larger keeps nearer to the reference.
   """
   check_range("beta", beta, 0.0, float("inf"))
   chosen = beta * (policy_chosen_logps - reference_chosen_logps)

@@ -15,7 +15,7 @@ def plackett_luce(
   *,
   beta: float = 0.1,
 ) -> LossOutput:
-  """Listwise DPO, Rafailov et al. 2023 (2305.18290), appendix A.3.
+  """Listwise DPO, Rafailov et al. 2023 (2305.18290), eq. 20.
 
       -sum_k log( exp(r_k) / sum_{j >= k} exp(r_j) ),
       r = beta * (log pi(y|x) - log ref(y|x)),   y_1 the best of K responses
@@ -34,7 +34,9 @@ def plackett_luce(
   there = ranked_lengths > 0
   # The best response is never left out, or there would be nothing to divide by.
   there = there.at[..., 0].set(True)
-  logratios = jnp.where(there, policy_ranked_logps - reference_ranked_logps, 0.0)
+  logratios = jnp.where(
+    there, policy_ranked_logps - reference_ranked_logps, 0.0
+  )
   rewards = beta * logratios
   k = rewards.shape[-1]
   rest = there[..., None, :] & (jnp.arange(k) >= jnp.arange(k)[:, None])

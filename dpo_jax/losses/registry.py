@@ -9,8 +9,9 @@ it available to `make` under its own name, from this package or from anybody's.
 import difflib
 import functools
 import inspect
+import itertools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,15 @@ class Entry(NamedTuple):
   divergences: bool = False  # a function of h_w - h_l, so f-DPO applies
   state: Callable[[], Any] | None = None  # the state before the first batch
 
+
+# Options of `make` that are no hyper-parameter of one method. At these values
+# they change nothing.
+MODIFIERS: Mapping[str, Any] = {
+  "divergence": "reverse_kl",
+  "divergence_alpha": 0.5,
+  "ld_alpha": 1.0,
+  "wpo": False,
+}
 
 _REGISTRY: dict[str, Entry] = {}
 
@@ -76,6 +86,10 @@ def register(
         raise TypeError(
           f"loss {name!r}: hyper-parameter {parameter.name!r} needs a default"
         )
+      if parameter.name in MODIFIERS:
+        raise TypeError(
+          f"loss {name!r}: the name {parameter.name!r} is that of a modifier"
+        )
     elif parameter.name not in INPUTS:
       raise TypeError(
         f"loss {name!r} asks for {parameter.name!r}, which nothing provides;"
@@ -84,7 +98,8 @@ def register(
 
   @functools.wraps(function)
   def promoted(*args, **kwargs):
-    names = positional(function)
+    # Too many arguments stay too many, for the function to refuse.
+    names = itertools.chain(positional(function), itertools.repeat(""))
     args = [promote(n, x) for n, x in zip(names, args, strict=False)]
     kwargs = {k: promote(k, x) for k, x in kwargs.items()}
     return function(*args, **kwargs)
@@ -154,7 +169,7 @@ def checked(where: str, key: str, value: Any, default: Any) -> Any:
 
 
 def suggest(key: str, known: Any) -> str:
-  """" (did you mean ...?)", or nothing where no known name is close."""
+  """ " (did you mean ...?)", or nothing where no known name is close."""
   close = difflib.get_close_matches(key, list(known), n=1)
   return f" (did you mean {close[0]!r}?)" if close else ""
 

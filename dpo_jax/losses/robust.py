@@ -16,7 +16,7 @@ def robust(
   beta: float = 0.1,
   label_smoothing: float = 0.1,
 ) -> LossOutput:
-  """Robust DPO, Ray Chowdhury et al. 2024 (2403.00409), eq. 8.
+  """Robust DPO, Ray Chowdhury et al. 2024 (2403.00409).
 
       (-(1-e) log sigmoid(d) + e log sigmoid(-d)) / (1 - 2e),
       d = beta * (h_w - h_l),   h = log pi(y|x) - log ref(y|x)

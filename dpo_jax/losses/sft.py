@@ -17,8 +17,8 @@ def sft(
   Every response token of the batch counts alike, as in any language-model
   trainer: the loss of an example is its mean over tokens, and its weight in
   the batch's mean is its number of tokens. It keeps that mean as a term of a
-  mixture ("dpo+sft", RPO), as in TRL; some systems take the mean over examples
-  of means over tokens, or sums.
+  mixture ("dpo+sft"), as in TRL; the papers of RPO (2404.19733) and MPO
+  (2411.10442) take the mean over examples of means over tokens.
 
   Args:
     policy_chosen_logps: f[...].

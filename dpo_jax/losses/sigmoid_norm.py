@@ -23,7 +23,7 @@ def sigmoid_norm(
   *,
   beta: float = 5.0,
 ) -> LossOutput:
-  """Length-normalised DPO of Tulu 3, Lambert et al. 2024 (2411.15124), eq. 6.
+  """Length-normalised DPO of Tulu 3, Lambert et al. 2024 (2411.15124).
 
       -log sigmoid(beta * (h_w / |y_w| - h_l / |y_l|)),
       h = log pi(y|x) - log ref(y|x)

@@ -23,7 +23,7 @@ def simpo(
   gamma: float = 0.5,
   label_smoothing: float = 0.0,
 ) -> LossOutput:
-  """Simple Preference Optimization, Meng et al. 2024 (2405.14734), eq. 6.
+  """Simple Preference Optimization, Meng et al. 2024 (2405.14734).
 
       -log sigmoid(beta * (m_w - m_l) - gamma),   m = log pi(y|x) / |y|
 

@@ -14,7 +14,7 @@ def slic(
   delta: float = 1.0,
   lam: float = 0.1,
 ) -> LossOutput:
-  """Sequence Likelihood Calibration, Zhao et al. 2023 (2305.10425).
+  """Sequence Likelihood Calibration, Zhao et al. 2023 (2305.10425), eq. 4.
 
       max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - lam * log pi(y_w|x)
 

@@ -21,8 +21,8 @@ def sppo(
       h = log pi(y|x) - log ref(y|x)
 
   With win probabilities 1 and 0 ("hard"); the paper's soft ones need a
-  preference model outside. TRL's name is `sppo_hard`. The reference is meant to
-  be the policy of the round before.
+  preference model outside. TRL's name is `sppo_hard`; the authors' code has
+  half of it. The reference is meant to be the policy of the round before.
 
   Args:
     policy_chosen_logps: f[...].

@@ -17,8 +17,8 @@ def tpo_l(
   gold_lengths: jax.Array,
   *,
   beta: float = 2.0,
-  gamma: float = 0.5,
-  alpha: float = 1.0,
+  gamma: float = 1.6,
+  alpha: float = 0.05,
   label_smoothing: float = 0.0,
 ) -> LossOutput:
   """Triple Preference Optimization, length-controlled (2405.16681).

@@ -7,7 +7,7 @@ import jax
 
 def mix_reference(reference: Any, policy: Any, mixup: float) -> Any:
   """Moves the reference towards the policy, Gorbatovski et al. 2024
-  (2404.09656), eq. 3 and 4.
+  (2404.09656).
 
       ref <- (1 - mixup) * ref + mixup * policy
 

@@ -12,7 +12,7 @@ def wpo_weights(
       w(y_w) * w(y_l),   w(y) = exp(mean_t log(pi(y_t) / sum_v pi(v)^2))
 
   Off-policy responses count less. Without gradient, and not clamped, as in the
-  paper and TRL from 0.29 on (earlier: at most 1).
+  paper and TRL from 0.29 on; the authors' code keeps it at most 1.
 
   Args:
     chosen_confidence: f[...], see `confidence`.

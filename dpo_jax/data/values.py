@@ -1,0 +1,84 @@
+"""Values of a row by their key, or one sentence on what is wrong with them."""
+
+import math
+from typing import Any
+
+from dpo_jax.data.sources import kind_of
+from dpo_jax.errors import DataError
+
+Message = dict[str, Any]
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def string(row: dict, key: str) -> str:
+  """A string. Raises DataError for anything else."""
+  value = row.get(key)
+  if not isinstance(value, str):
+    raise DataError(f"{key!r} must be a string, found {kind_of(value)}")
+  return value
+
+
+def numbers(row: dict, key: str, count: int) -> list[float]:
+  """A list of `count` finite numbers. Raises DataError for anything else."""
+  value = row.get(key)
+  if not isinstance(value, list):
+    raise DataError(
+      f"{key!r} must be a list of numbers, found {kind_of(value)}"
+    )
+  if len(value) != count:
+    raise DataError(f"{key!r} must have {count} numbers, found {len(value)}")
+  for i, one in enumerate(value):
+    if isinstance(one, bool) or not isinstance(one, (int, float)):
+      found = kind_of(one)
+      raise DataError(f"'{key}[{i}]' must be a number, found {found}")
+    if isinstance(one, float) and not math.isfinite(one):
+      raise DataError(f"'{key}[{i}]' must be a finite number, found {one}")
+  return value
+
+
+def messages(row: dict, key: str) -> list[Message]:
+  """A list of messages, ShareGPT's `from`/`value` turned into role/content; a
+  message alone is a list of one.
+
+  Raises:
+    DataError: anything else, or a message without a role or content.
+  """
+  value = row.get(key)
+  if isinstance(value, dict):
+    value = [value]
+  if not isinstance(value, list) or not value:
+    found = "an empty list" if value == [] else kind_of(value)
+    raise DataError(f"{key!r} must be a list of messages, found {found}")
+  return [_message(one, f"{key}[{i}]") for i, one in enumerate(value)]
+
+
+def _message(value: Any, place: str) -> Message:
+  if not isinstance(value, dict):
+    raise DataError(f"{place!r} must be a message, found {kind_of(value)}")
+  # Columnar files write null where a message lacks a key that others have.
+  message = {key: inner for key, inner in value.items() if inner is not None}
+  if "role" not in message and "from" in message:
+    role, content = message["from"], message.get("value")
+    message = {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content}
+  for key in ("role", "content"):
+    if not isinstance(message.get(key), str):
+      found = kind_of(message.get(key))
+      raise DataError(f"'{place}.{key}' must be a string, found {found}")
+  return message
+
+
+def answer(row: dict, key: str) -> list[Message]:
+  """Messages that end with the assistant's. Raises DataError for others."""
+  found = messages(row, key)
+  check_answer(found, key)
+  return found
+
+
+def check_answer(found: list[Message], key: str) -> None:
+  """Raises DataError unless the last message is the assistant's."""
+  role = found[-1]["role"]
+  if role != "assistant":
+    raise DataError(
+      f"{key!r} must end with a message of role 'assistant', found {role!r}"
+    )
