@@ -75,7 +75,9 @@ class Run:
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
     zero = jax.device_put(jnp.int32(0), shardings.step)
-    carried = jax.device_put(self.loss.initial_state(), shardings.loss_state)
+    # Copied, since a state may hold one array twice, which cannot be donated.
+    carried = jax.tree.map(jnp.copy, self.loss.initial_state())
+    carried = jax.device_put(carried, shardings.loss_state)
     return TrainState(zero, params, init(params), zero + 0, carried)
 
   def load_reference(self, start: Any) -> Any | None:

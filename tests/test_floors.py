@@ -30,7 +30,7 @@ FLOORS = (
   ("run", "judge"),
   ("finish", "dry_run"),
   ("train", "check_data"),
-  ("main",),
+  ("main", "compare"),
 )
 _NEVER_EACH_OTHER = ("optim", "sharding", "checkpoint", "metrics")
 

@@ -317,10 +317,119 @@ def test_saving_a_step_twice_is_an_error_and_not_silence(finished, corpus):
     saved.save(STEPS, run.first_state(), {})
 
 
-@pytest.mark.parametrize("loss", ["sft", "ipo", "kto", "orpo"])
-def test_every_loss_trains_from_the_same_config(corpus, tmp_path, loss):
-  source = str(corpus["sft" if loss == "sft" else "pairs"])
+# What a run carries on beside parameters and optimizer.
+CARRIED = {
+  "a running mean": {"loss.name": "bco"},
+  "a moving reference": {
+    "reference.sync_every": 2,
+    "reference.sync_mixup": 0.5,
+  },
+  "two counts of one mean": {
+    "loss.name": "dpo+0.5*sft",
+    "loss.ld_alpha": 0.5,
+    "loss.wpo": True,
+  },
+}
+
+
+@pytest.mark.parametrize("carried", CARRIED)
+def test_a_run_is_continued_with_all_that_it_carries(
+  corpus, tmp_path, monkeypatch, carried
+):
+  config = _config(corpus, **CARRIED[carried], **{"sample.prompts": 0})
+  train(config, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(Stopped):
+      train(config, tmp_path / "parts")
+  train(config, tmp_path / "parts")
+  assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+  for folder in ("whole", "parts"):
+    assert (tmp_path / folder / "model").is_dir()
+  ours, whole = (
+    (tmp_path / folder / "model" / "model.safetensors").read_bytes()
+    for folder in ("parts", "whole")
+  )
+  assert ours == whole
+
+
+def test_a_reference_that_is_copied_each_step_keeps_the_margin_at_0(
+  corpus, tmp_path
+):
+  config = _config(
+    corpus, **{"reference.sync_every": 1, "reference.sync_mixup": 1.0}
+  )
+  summary = train(config, tmp_path / "run")
+  assert summary["final_eval"]["rewards/margins"] == 0.0
+  # Against what it started from it has moved all the same.
+  assert abs(summary["kl_to_reference"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"loss.name": "reward"}, ["'reward'", "reward model"]),
+    (
+      {"loss.name": "orpo", "reference.sync_every": 2},
+      ["sync_every", "'orpo' reads no reference"],
+    ),
+    (
+      {"reference.precompute": True, "reference.sync_every": 2},
+      ["sync_every", "precompute"],
+    ),
+    ({"loss.name": "bco", "reference.precompute": True}, ["unpaired"]),
+    ({"loss.name": "tpo"}, ["kind 'ranked' takes ranked"]),
+    ({"reference.sync_mixup": 1.5}, ["reference.sync_mixup=1.5", "[0, 1]"]),
+  ],
+)
+def test_settings_without_a_meaning_are_refused(corpus, changes, words):
+  with pytest.raises(UserError) as error:
+    Run(_config(corpus, **changes))
+  assert all(word in str(error.value) for word in words), str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_three_ranked_responses_are_asked_for_where_they_are_needed(
+  corpus, tmp_path
+):
+  two = tmp_path / "two.jsonl"
+  rows = map(json.loads, corpus["rankings"].read_text().splitlines())
+  two.write_text(
+    "".join(
+      json.dumps(row | {"responses": row["responses"][:2]}) + "\n"
+      for row in rows
+    )
+  )
+  changes = {"data.source": str(two), "data.eval_rows": 4}
+  with pytest.raises(UserError, match="row 0 has 2 responses to rank"):
+    Run(_config(corpus, **changes, **{"loss.name": "tpo"}))
+  Run(_config(corpus, **changes, **{"loss.name": "plackett_luce"}))
+
+
+def test_a_known_reference_serves_the_modifiers_too(corpus, tmp_path):
+  changes = {"loss.ld_alpha": 0.3, "sample.prompts": 0, "train.export": False}
+  results = {}
+  for known in (False, True):
+    config = _config(corpus, **changes, **{"reference.precompute": known})
+    results[known] = train(config, tmp_path / str(known))["final_eval"]
+  assert results[True]["loss"] == pytest.approx(
+    results[False]["loss"], rel=1e-5
+  )
+
+
+TRAINED = [
+  "sft", "ipo", "kto", "orpo", "bco", "aot", "plackett_luce", "tpo",
+  "dpo+0.3*sft",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", TRAINED)
+def test_every_kind_of_loss_trains_from_the_same_config(corpus, tmp_path, loss):
+  ranked = loss in ("plackett_luce", "tpo")
+  kind = "sft" if loss == "sft" else "rankings" if ranked else "pairs"
+  source = str(corpus[kind])
   changes = {
+    "data.source": source,
     "train.steps": 16,
     "train.eval_every": 0,
     "optim.learning_rate": 3e-3,
@@ -336,7 +445,7 @@ def test_every_loss_trains_from_the_same_config(corpus, tmp_path, loss):
   summary = train(config, tmp_path / "run")
   first, last = summary["initial_eval"], summary["final_eval"]
   assert last["loss"] < first["loss"]
-  if loss in ("ipo", "kto"):
+  if loss not in ("sft", "orpo", "tpo"):
     assert last["rewards/margins"] > first["rewards/margins"]
 
 
