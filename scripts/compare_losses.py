@@ -80,7 +80,7 @@ def _write(workdir: pathlib.Path, rows: list) -> None:
   ]
   panels = [
     comparison.Panel(
-      "True reward", "of answers, at most 2; bars: standard error",
+      "True reward", "at most 2; bar: standard error",
       lambda r: r.reward, error=lambda r: r.reward_error,
       base=lambda r: r.reward,
     ),

@@ -5,7 +5,7 @@
 >>> loss = out.loss.mean()
 
 `make(name, **options)` gives the same by name, for configs and sweeps, and
-mixtures and modifiers of them; `print(describe())` lists all there are.
+mixtures and modifiers of them; `describe()` prints all there are.
 """
 
 from dpo_jax.losses.alphapo import alphapo
@@ -28,7 +28,7 @@ from dpo_jax.losses.bco import bco
 from dpo_jax.losses.bco_pair import bco_pair
 from dpo_jax.losses.cpo import cpo
 from dpo_jax.losses.cpo_simpo import cpo_simpo
-from dpo_jax.losses.describe import describe
+from dpo_jax.losses.describe import describe, table
 from dpo_jax.losses.discopop import discopop
 from dpo_jax.losses.divergences import DIVERGENCES, divergence_score
 from dpo_jax.losses.dpo import dpo
@@ -107,6 +107,7 @@ __all__ = [
   "simpo",
   "slic",
   "sppo",
+  "table",
   "tail_logps",
   "tpo",
   "tpo_l",

@@ -2,6 +2,6 @@
 
 import sys
 
-from dpo_jax.losses import describe
+from dpo_jax.losses import table
 
-print(describe(markdown="--markdown" in sys.argv, link="dpo_jax/losses"))
+print(table(markdown="--markdown" in sys.argv, link="dpo_jax/losses"))

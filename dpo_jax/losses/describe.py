@@ -14,7 +14,12 @@ _DATA = {
 }
 
 
-def describe(*, markdown: bool = False, link: str = "") -> str:
+def describe() -> None:
+  """Prints the table of all registered losses, those of others included."""
+  print(table())
+
+
+def table(*, markdown: bool = False, link: str = "") -> str:
   """One line a registered loss: name, data, what it reads beside the policy,
   how token log-probs enter, defaults, paper.
 

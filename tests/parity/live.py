@@ -229,7 +229,8 @@ def check(ours, theirs, rtol, scale=None, where=None):
     scale: size of what was added up; None is the largest entry of theirs.
     where: bool, broadcasts to ours from the left; None is everywhere.
   """
-  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  ours = np.asarray(ours)
+  theirs = np.broadcast_to(np.asarray(theirs), ours.shape)
   assert np.isfinite(ours).all()
   there = np.isfinite(theirs)
   if where is not None:

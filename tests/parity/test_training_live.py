@@ -1,6 +1,8 @@
 """Three steps of TRL's DPOTrainer and of ours, from one checkpoint, over the
 same tokens; ours packed, theirs padded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,19 +93,51 @@ def _train_trl(path, examples, pairs, options, beta):
   return trainer.losses, trainer.model
 
 
-def _pack(examples):
+def _pack(examples, steps):
+  """A batch for every step, all of one shape."""
   cost = [token_cost(*map(len, e[:3])) for e in examples]
   scored = [len(e.first) + len(e.second) for e in examples]
   shape = RowShape(2 * max(cost), 2 * max(scored), 3)
-  rows = first_fit_decreasing(cost, scored, shape)
-  batch = empty_batch(len(rows), shape)
-  for row, places in enumerate(rows):
-    fill_row(batch, row, (examples[i] for i in places))
-  assert len(rows) < len(examples)  # some pairs share a row
-  return jax.tree.map(jnp.asarray, batch)
+  pairs = len(examples) // steps
+  rows = [
+    first_fit_decreasing(cost[i : i + pairs], scored[i : i + pairs], shape)
+    for i in range(0, len(examples), pairs)
+  ]
+  most = max(map(len, rows))
+  assert most < pairs  # some pairs share a row
+  for step, of_step in enumerate(rows):
+    batch = empty_batch(most, shape)
+    for row, places in enumerate(of_step):
+      fill_row(batch, row, (examples[step * pairs + i] for i in places))
+    yield jax.tree.map(jnp.asarray, batch)
 
 
-def test_training_steps(rng, tmp_path):
+# Our loss, and what else differs here and in TRL's configuration.
+CASES = {
+  "dpo": ("dpo", {}, {}, {}),
+  "ld": ("dpo", {"ld_alpha": 0.3}, {}, {"ld_alpha": 0.3}),
+  "wpo": ("dpo", {"wpo": True}, {}, {"use_weighting": True}),
+  "mixture": (
+    "dpo+0.3*sft",
+    {},
+    {},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+  ),
+  "moving_reference": (
+    "dpo",
+    {},
+    {"sync_every": 2, "sync_mixup": 0.7},
+    {
+      "sync_ref_model": True, "ref_model_sync_steps": 2,
+      "ref_model_mixup_alpha": 0.7,
+    },
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_of_training_are_trls(rng, tmp_path, case):
+  name, modifiers, moving, their_options = CASES[case]
   config = hf_config(rng, rope_parameters=LLAMA3, attention_bias=True)
   hf_model(config).save_pretrained(tmp_path)
   pairs, steps = 6, 3
@@ -118,7 +152,9 @@ def test_training_steps(rng, tmp_path):
   ]
   beta = float(rng.uniform(0.05, 0.5))
   options = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
-  theirs, trained = _train_trl(str(tmp_path), examples, pairs, options, beta)
+  theirs, trained = _train_trl(
+    str(tmp_path), examples, pairs, options | their_options, beta
+  )
 
   model, params = load(tmp_path)
   _, reference = load(tmp_path)
@@ -127,16 +163,22 @@ def test_training_steps(rng, tmp_path):
   )
   zero = jnp.int32(0)
   state = TrainState(zero, params, tx.init(params), zero)
+  if moving:
+    state, reference = state._replace(reference=reference), None
+  step = jax.jit(
+    functools.partial(
+      train_step, score=make_score(model), tx=tx,
+      loss=losses.make(name, beta=beta, **modifiers), **moving,
+    )
+  )  # fmt: skip
   ours = []
-  for step in range(steps):
-    batch = _pack(examples[step * pairs : (step + 1) * pairs])
-    state, sums = train_step(
-      state, reference, batch, score=make_score(model),
-      loss=losses.make("dpo", beta=beta), tx=tx,
-    )  # fmt: skip
+  for batch in _pack(examples, steps):
+    state, sums = step(state, reference, batch)
     ours.append(float(sums["loss"].mean()))
 
-  assert abs(ours[0] - np.log(2)) < 1e-6 and abs(ours[2] - ours[0]) > 1e-3
+  if case in ("dpo", "ld", "moving_reference"):
+    assert abs(ours[0] - np.log(2)) < 1e-6
+  assert abs(ours[2] - ours[0]) > 1e-3
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
   ids = rng.integers(0, config.vocab_size, (2, 40))
   np.testing.assert_allclose(

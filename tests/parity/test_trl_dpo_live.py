@@ -74,7 +74,7 @@ MIXTURES = [
   ["sigmoid", "bco_pair", "sft"],
   ["apo_zero", "ipo", "hinge"],
   ["aot", "robust", "sigmoid_norm"],
-  ["discopop", "nca_pair", "exo_pair", "sppo_hard"],
+  ["discopop", "nca_pair", "exo_pair"],
 ]
 WEIGHTED = [
   [name]
