@@ -54,7 +54,9 @@ def get_config(arg=None):
     config.loss.update(OPTIONS.get(term.name, {}))
   source = SOURCES.get(loss.kind, "pairs")
   config.data.source = f"{arg.root}/data/{source}.jsonl"
+  config.train.steps = 60
   config.train.eval_every = 0
+  config.optim.learning_rate = 2e-4
   # A pair makes two labelled examples.
   config.train.batch_size = 128 if loss.kind == "unpaired" else 64
   config.sample.prompts = 0  # the script asks all models at the end
