@@ -6,7 +6,7 @@ The script writes the data, trains the SFT model and then each loss; a single
 one, after that:
 
   python scripts/train.py --config=configs/compare_losses.py:loss=simpo \
-    --workdir=runs/compare/simpo
+    --workdir="runs/compare/loss simpo"
 
 The answers are 30 bytes long and the model is tiny, so these are not the values
 for a large model: `configs/losses.py` has those. Each was chosen by hand from
@@ -50,8 +50,8 @@ def get_config(arg=None):
   loss = losses.make(arg.loss)
   config = quickstart.get_config(f"root={arg.root}")
   config.loss = defaults(loss=arg.loss).loss
-  for term in loss.terms:
-    config.loss.update(OPTIONS.get(term.name, {}))
+  # A mixture's options stand in its name: "dpo(beta=0.3)+0.1*sft".
+  config.loss.update(OPTIONS.get(arg.loss, {}))
   source = SOURCES.get(loss.kind, "pairs")
   config.data.source = f"{arg.root}/data/{source}.jsonl"
   config.train.steps = 60

@@ -31,7 +31,8 @@ def get_config(arg=None):
   loss = losses.make(name)
   config = defaults(loss=name)
   config.data.eval_rows = 256
-  config.optim.learning_rate = LEARNING_RATES.get(loss.terms[0].name, 5e-7)
+  rates = [LEARNING_RATES.get(term.name, 5e-7) for term in loss.terms]
+  config.optim.learning_rate = min(rates)
   config.optim.schedule = "cosine"
   # A pair makes two labelled examples.
   config.train.batch_size = 128 if loss.kind == "unpaired" else 64

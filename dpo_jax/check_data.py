@@ -45,6 +45,7 @@ def check(config: Config, *, visible: bool = False) -> str:
     seed=config.seed,
     row_length=d.row_length,
     row_counts=d.row_counts,
+    mismatch=loss.mismatches,
   )
   batch, _ = plan[0]
   lines = [

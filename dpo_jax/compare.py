@@ -12,13 +12,14 @@ from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.build import build, load_data, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
+from dpo_jax.errors import ConfigError
 
 
 class Row(NamedTuple):
   """What became of one policy; log-probs and margins in nats a response."""
 
   name: str
-  reward: float  # mean over answers to held-out prompts
+  reward: float  # mean over answers to the prompts of held-out pairs
   reward_error: float  # its standard error
   accuracy: float  # share of held-out pairs whose log-ratios are in order
   margin: float  # mean difference of these log-ratios
@@ -46,6 +47,11 @@ def compare(config: Config, models: Mapping[str, str]) -> list[Row]:
   config = dataclasses.replace(config, loss={"name": "dpo", "beta": 1.0})
   loss, built = config.make_loss(), build(config)
   held_out = load_data(config, built, loss).held_out
+  if held_out is None:
+    raise ConfigError(
+      "config.data.eval_rows=0 holds out nothing to compare by; name how many"
+      " rows to hold out"
+    )
   plan = Plan(
     held_out,
     batch_size=config.train.batch_size,

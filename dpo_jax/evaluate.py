@@ -114,13 +114,17 @@ def by_subset(
 
   Returns:
     By subset: {"examples", "accuracy", "interval", "logratio_margin"}; the
-    margin is that of the log-ratios, before any beta.
+    margin is that of the log-ratios, before any beta. Nothing for a loss that
+    reports no accuracies.
   """
   policy, reference = evaluation.policy, evaluation.reference
   logratios = policy.logps - (0 if reference is None else reference.logps)
   margins = logratios[:, 0] - logratios[:, 1]
   inputs = loss_inputs(policy, reference, _Lengths(examples.lengths))
-  hits = np.asarray(loss(**inputs).metrics["rewards/accuracies"])
+  accuracies = loss(**inputs).metrics.get("rewards/accuracies")
+  if accuracies is None:
+    return {}
+  hits = np.asarray(accuracies)
   out = {}
   for i, name in enumerate(examples.subset_names):
     mine = examples.subsets == i

@@ -1,6 +1,7 @@
 """Judges a checkpoint against its reference on preference data."""
 
 import dataclasses
+import logging
 from typing import Any
 
 from dpo_jax import evaluate, sharding
@@ -9,6 +10,8 @@ from dpo_jax.build import build, load_data, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+
+_LOG = logging.getLogger("dpo_jax")
 
 
 def judge(config: Config) -> dict[str, Any]:
@@ -35,6 +38,16 @@ def judge(config: Config) -> dict[str, Any]:
       f"loss {loss.name!r} compares with a reference; name what the policy"
       " started from in config.reference.path"
     )
+  if loss.needs_scores:
+    raise ConfigError(
+      f"loss {loss.name!r} reads scores of a reward model, and"
+      f" {config.model.path} is a policy"
+    )
+  if loss.initial_state() is not None:
+    _LOG.warning(
+      "the running mean of %r is not part of a model folder and starts at 0",
+      loss.name,
+    )
   limit = config.data.eval_rows
   data = dataclasses.replace(config.data, eval_rows=0, eval_source="")
   built = build(config)
@@ -47,6 +60,7 @@ def judge(config: Config) -> dict[str, Any]:
     row_length=config.data.row_length,
     rows_multiple=sharding.batch_shards(built.mesh),
     scored_multiple=8 * built.mesh.shape["tensor"],
+    mismatch=loss.mismatches,
   )
   policy = load_variables(config, built)
   reference = None

@@ -122,7 +122,7 @@ class Run:
       reference,
       plan,
       self.built.mesh,
-      tails=self.loss.ld_alpha != 1,
+      tails=self.loss.reads_tails,
     )
 
   def answerer(self) -> Answerer | None:
@@ -159,6 +159,7 @@ class Run:
       "rows_multiple": sharding.batch_shards(mesh),
       "row_length": self.config.data.row_length,
       "row_counts": self.config.data.row_counts,
+      "mismatch": self.loss.mismatches,
       "scored_multiple": 8 * mesh.shape["tensor"],
     } | options
     return Plan(examples, batch_size=batch_size, **options)
@@ -189,9 +190,9 @@ def _check_loss(config: Config, loss: losses.Loss) -> None:
       " training one is not part of this version, the function is:"
       " losses.reward"
     )
-  if config.reference.precompute and loss.kind == "unpaired":
+  if config.reference.precompute and loss.mismatches:
     raise ConfigError(
-      "config.reference.precompute does not go with unpaired losses, whose"
+      f"config.reference.precompute does not go with {loss.name!r}, whose"
       " mismatched completions change from step to step"
     )
   if config.reference.sync_every and not loss.needs_reference:

@@ -67,7 +67,9 @@ def train_step(
   reference_scores = functools.partial(
     _reference_scores, score, loss, reference
   )
-  inputs = functools.partial(loss_inputs, state=state.loss_state)
+  inputs = functools.partial(
+    loss_inputs, state=state.loss_state, gold=loss.responses > 2
+  )
   counts = _counts(loss, batch)
 
   def objective(policy, reference, part):
@@ -113,18 +115,14 @@ def train_step(
 def _policy_scores(score, loss, reference, params, batch):
   return score(
     {**(reference or {}), **params}, batch,
-    tails=_reads_tails(loss), confidence=loss.wpo,
+    tails=loss.reads_tails, confidence=loss.reads_confidence,
   )  # fmt: skip
 
 
 def _reference_scores(score, loss, reference, batch):
   if batch.reference is not None or not loss.needs_reference:
     return batch.reference
-  return score(reference, batch, tails=_reads_tails(loss))
-
-
-def _reads_tails(loss: losses.Loss) -> bool:
-  return "policy_chosen_tail_logps" in loss.needs
+  return score(reference, batch, tails=loss.reads_tails)
 
 
 def _counts(loss: losses.Loss, batch: Batch) -> jax.Array:
@@ -133,7 +131,8 @@ def _counts(loss: losses.Loss, batch: Batch) -> jax.Array:
   else is computed here the compiler drops."""
   zeros = jnp.zeros(batch.lengths.shape, jnp.float32)
   nothing = Scores(zeros, zeros, zeros)
-  out = loss(**loss_inputs(nothing, nothing, batch))
+  inputs = loss_inputs(nothing, nothing, batch, gold=loss.responses > 2)
+  out = loss(**inputs)
   return jnp.maximum(losses.reduce(out, batch.weights)["loss"].count, 1.0)
 
 
@@ -144,6 +143,7 @@ def loss_inputs(
   *,
   state: Any = None,
   training: bool = True,
+  gold: bool = False,
 ) -> dict[str, Any]:
   """Everything a loss can ask for, by name; arrays of shape [B M].
 
@@ -153,9 +153,9 @@ def loss_inputs(
     batch: lengths, labels and weights; anything with these three will do.
     state: what the loss carries.
     training: False leaves that as it is.
+    gold: of three ranked responses the pair is the second and the third.
   """
-  ranked = batch.lengths.shape[-1] > 2
-  sides = ("gold", "chosen", "rejected") if ranked else ("chosen", "rejected")
+  sides = ("gold", "chosen", "rejected")[0 if gold else 1 :]
   lengths = batch.lengths.astype(jnp.float32)
   inputs = {
     "desirable": batch.desirable,
@@ -199,8 +199,10 @@ def evaluate_step(
   policy = _policy_scores(score, loss, reference, params, batch)
   known = batch.reference
   if known is None and reference is not None:
-    known = score(reference, batch, tails=_reads_tails(loss))
-  out = loss(
-    **loss_inputs(policy, known, batch, state=loss_state, training=False)
-  )
+    known = score(reference, batch, tails=loss.reads_tails)
+  inputs = loss_inputs(
+    policy, known, batch,
+    state=loss_state, training=False, gold=loss.responses > 2,
+  )  # fmt: skip
+  out = loss(**inputs)
   return losses.reduce(out, batch.weights), policy, known

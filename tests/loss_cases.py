@@ -44,7 +44,9 @@ _OTHERS = [
   ("ipo", {"ld_alpha": 0.4}),
   ("apo_zero", {"ld_alpha": 0.0, "beta": 0.3}),
   ("simpo", {"wpo": True}),
+  ("0.5*dpo", {}),
   ("dpo+0.3*sft", {"beta": 0.2}),
+  ("plackett_luce+0.2*sft", {}),
   ("0.8*dpo+0.2*bco_pair+sft", {"beta": 0.3}),
   ("dpo+0.5*ipo+sft", {"wpo": True, "ld_alpha": 0.5, "divergence": "js"}),
 ]

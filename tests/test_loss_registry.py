@@ -260,6 +260,64 @@ def test_per_token_ipo_says_that_it_needs_lengths():
     losses.ipo(one, one, one, one, average="tokens")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_hyper_parameters_may_be_traced(name):
+  """As in a sweep under vmap; the numbers are those of plain ones."""
+  x, loss = as_jax(random_inputs()), losses.make(name)
+  function = loss.terms[0].entry.function
+  inputs = {k: x[k] for k in loss.needs if k in x}
+  for key, value in loss.options:
+    if not isinstance(value, float):
+      continue
+    values = [value, 0.5 * value + 0.1]
+    got = jax.vmap(lambda v, key=key: function(**inputs, **{key: v}).loss)(
+      jnp.array(values)
+    )
+    for v, each in zip(values, got, strict=True):
+      expected = function(**inputs, **{key: v}).loss
+      np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_that_is_no_tracer_is_checked_whatever_its_type():
+  one = jnp.ones(1)
+  for wrong in (0.5, np.float32(0.5), jnp.float32(0.5)):
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.5"):
+      losses.robust(one, one, one, one, label_smoothing=wrong)
+
+
+def test_float32_stays_float32_where_float64_is_to_be_had():
+  with jax.enable_x64(True):
+    logps = jnp.array([-1.0, -2.0], jnp.float32)
+    out = losses.dpo(logps, logps, 0.0, 0.0, beta=np.float64(0.1))
+    assert out.loss.dtype == jnp.float32
+    state = losses.make("bco").initial_state()
+    out = losses.bco(
+      logps.astype(jnp.float64), 0.0, jnp.array([True, False]), state=state
+    )
+    assert out.loss.dtype == jnp.float64
+    kept = jax.tree.map(lambda a, b: a.dtype == b.dtype, out.state, state)
+    assert jax.tree.all(kept)
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_weights_of_a_quarter_are_as_good_as_ones(name):
+  x = as_jax(random_inputs(3))
+  loss = losses.make(name)
+  whole, part = (loss(**x | {"weights": jnp.full(3, w)}) for w in (1.0, 0.25))
+  np.testing.assert_allclose(part.loss, whole.loss, rtol=1e-6)
+
+
+def test_an_input_is_given_once_and_by_a_name_that_exists():
+  one = jnp.ones(1)
+  with pytest.raises(TypeError, match="'beta' is no input"):
+    losses.make("dpo")(one, one, one, one, beta=5.0)
+  with pytest.raises(TypeError, match="'policy_chosen_logps' is given twice"):
+    losses.make("dpo")(one, one, one, one, policy_chosen_logps=one)
+  lengths = dict.fromkeys(losses.make("ipo").needs[:4], one)
+  with pytest.raises(TypeError, match="needs chosen_lengths"):
+    losses.make("ipo+sft")(**lengths)  # optional for the one, not for the other
+
+
 def test_more_arguments_than_a_loss_takes_are_not_dropped():
   one = jnp.ones(1)
   with pytest.raises(TypeError):
@@ -281,9 +339,51 @@ def test_a_mixture_is_written_as_a_sum():
     "bco_pair.beta": 0.3,
   }
   assert made == losses.make(made.name, beta=0.3)
+  assert made == losses.make(made.name, **dict(made.options))
   assert hash(made) != hash(losses.make(made.name))
   assert made.kind == "paired" and made.needs_reference
   assert not losses.make("simpo+sft").needs_reference
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["0.1*dpo", "1e-7*dpo+sft", "3e+20*dpo+2*sft", "0.30000000000000004*dpo"],
+)
+def test_a_name_is_read_back_as_it_is_written(name):
+  made = losses.make(name)
+  assert losses.make(made.name) == made
+  assert made.terms[0].coefficient == float(name.partition("*")[0])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dpo+exo+sppo", "0.5*dpo+sft"])
+def test_defaults_are_what_is_made_without_options(name):
+  assert losses.make(name, **losses.defaults(name)) == losses.make(name)
+
+
+def test_the_nearest_word_on_a_hyper_parameter_counts():
+  made = losses.make(
+    "dpo(beta=0.5)+sppo+exo", **{"beta": 0.1, "sppo.beta": 0.2}
+  )
+  betas = {t.name: dict(t.options)["beta"] for t in made.terms}
+  assert betas == {"dpo": 0.5, "sppo": 0.2, "exo": 0.1}
+  per_token = losses.make("ipo(average=tokens, beta=1)")
+  assert per_token == losses.make("ipo", average="tokens", beta=1.0)
+
+
+def test_a_coefficient_counts_for_one_term_as_for_several():
+  x = as_jax(random_inputs())
+  whole, half = losses.make("dpo")(**x), losses.make("0.5*dpo")(**x)
+  np.testing.assert_allclose(half.loss, 0.5 * whole.loss, rtol=1e-6)
+  mixed = losses.mix((0.5, losses.make("dpo")))
+  assert mixed == losses.make("0.5*dpo")
+
+
+def test_a_mixture_logs_the_terms_it_minimises():
+  x = as_jax(random_inputs())
+  sums = losses.reduce(losses.make("dpo+0.3*sft")(**x))
+  for name in ("dpo", "sft"):
+    alone = losses.reduce(losses.make(name)(**x))["loss"].mean()
+    np.testing.assert_allclose(sums[f"loss/{name}"].mean(), alone, rtol=1e-6)
 
 
 def test_mix_gives_terms_options_of_their_own():
@@ -408,7 +508,19 @@ def test_a_mixed_reference_keeps_its_dtype():
     ("-1*dpo", {}, ["coefficient of 'dpo'"]),
     ("dpo+", {}, ["unknown loss ''"]),
     ("dpo+stf", {}, ["'stf'", "did you mean 'sft'"]),
-    ("dpo+sft", {"gamma": 1.0}, ["'gamma'", "beta, label_smoothing"]),
+    ("dpo+sft", {"gamma": 1.0}, ["'gamma'", "dpo.beta", "label_smoothing"]),
+    ("dpo(bet=1)+sft", {}, ["'bet'", "did you mean 'beta'"]),
+    ("dpo(beta)", {}, ["'beta' should be key=value"]),
+    ("dpo)(", {}, ["should look like"]),
+    ("dpo+sft", {"sft.beta": 1.0}, ["'sft.beta'"]),
+    (losses.dpo, {}, ["should be a name"]),
+    ("plackett_luce+dpo", {}, ["rankings", "pairs"]),
+    ("tpo+sft", {}, ["'tpo' imitates the gold response"]),
+    ("dpo", {"divergence_alpha": 0.9}, ["divergence='alpha' alone"]),
+    ("simpo", {"ld_alpha": 0.5}, ["'simpo' divides by length"]),
+    ("sigmoid_norm", {"ld_alpha": 0.5}, ["'sigmoid_norm' divides by length"]),
+    ("cpo", {"ld_alpha": 0.5}, ["'cpo' reads no reference"]),
+    ("dpo", {"beta": float("inf")}, ["beta=inf", "[0.0, inf)"]),
     ("dpo", {"divergence": "chi2"}, ["'chi2'", "reverse_kl, forward_kl, js"]),
     ("dpo", {"divergence_alpha": float("nan")}, ["divergence_alpha=nan"]),
     ("nca", {"divergence": "js"}, ["'nca'", "partition", "dpo"]),
@@ -440,6 +552,68 @@ def test_a_mixture_is_not_mixed_from_modified_parts():
     losses.mix((1, losses.make("dpo", wpo=True)), (1, losses.make("sft")))
   with pytest.raises(ValueError, match="no modifier 'wop'"):
     losses.mix((1, losses.make("dpo")), wop=True)
+
+
+def test_a_state_is_made_and_read_or_neither(registry):
+  def reads(policy_chosen_logps, state=None):
+    pass
+
+  def makes(policy_chosen_logps):
+    pass
+
+  for function, options in ((reads, {}), (makes, {"state": lambda: 0.0})):
+    with pytest.raises(TypeError, match="carries state"):
+      losses.register(function, **options)
+
+
+def test_one_term_carries_a_state_and_no_more(registry):
+  @losses.register(state=lambda: jnp.zeros(()))
+  def counting(policy_logps, desirable, weights=None, state=None):
+    return losses.LossOutput(-policy_logps, {}, state=state)
+
+  assert losses.make("counting").batch_coupled
+  with pytest.raises(ValueError, match="one term at most"):
+    losses.make("bco+counting")
+
+
+def test_a_loss_of_the_wrong_shape_is_refused(registry):
+  @losses.register
+  def reduced(policy_chosen_logps):
+    return losses.LossOutput(-policy_chosen_logps.mean(), {})
+
+  with pytest.raises(ValueError, match="one entry an example"):
+    losses.make("reduced")
+
+
+def test_a_hyper_parameter_is_not_called_as_an_input(registry):
+  def clash(policy_chosen_logps, *, weights: float = 1.0):
+    pass
+
+  with pytest.raises(TypeError, match="'weights' is that of an input"):
+    losses.register(clash)
+
+
+def test_a_mixture_of_nothing_is_refused():
+  with pytest.raises(ValueError, match="needs a part"):
+    losses.mix()
+
+
+def test_a_reference_equal_to_the_policy_is_not_moved_by_rounding():
+  r = jnp.asarray(np.random.default_rng(0).normal(size=999), jnp.bfloat16)
+  for mixup in (0.01, 0.6, 1.0):
+    np.testing.assert_array_equal(losses.mix_reference(r, r, mixup), r)
+  with pytest.raises(ValueError, match="mixup=1.5"):
+    losses.mix_reference(r, r, 1.5)
+
+
+def test_log_probs_under_ld_are_those_of_the_responses():
+  x = as_jax(random_inputs())
+  out, plain = losses.make("dpo", ld_alpha=0.2)(**x), losses.make("dpo")(**x)
+  for side in ("chosen", "rejected"):
+    key = f"logps/{side}"
+    np.testing.assert_array_equal(out.metrics[key], plain.metrics[key])
+    key = f"rewards/{side}"  # what is compared
+    assert not np.allclose(out.metrics[key], plain.metrics[key])
 
 
 def test_a_name_of_a_modifier_is_not_a_hyper_parameters(registry):

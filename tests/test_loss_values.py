@@ -366,6 +366,18 @@ def test_alphapo_is_simpo_where_alpha_is_nothing():
   np.testing.assert_allclose(near.loss, plain.loss, rtol=1e-2)
 
 
+def test_a_ranking_with_a_gap_and_one_of_a_single_response():
+  ranked = jnp.array([[3.0, 99, 1], [5, 99, 99]])
+  out = losses.plackett_luce(
+    ranked, jnp.zeros((2, 3)), jnp.array([[1.0, 0, 1], [1, 0, 0]]), beta=1.0
+  )
+  np.testing.assert_allclose(out.loss[0], -math.log(sigmoid(2)), rtol=1e-6)
+  assert out.metrics["rewards/rejected"][0] == 1
+  assert out.loss[1] == 0
+  # A response alone is in no order and counts for none.
+  assert losses.reduce(out)["rewards/accuracies"] == (1, 1)
+
+
 def test_slic_adds_the_likelihood_of_the_chosen_response():
   out = losses.slic(*map(jnp.float32, (-3, -3.5)), delta=2.0, lam=0.5)
   assert out.loss == 2 - 0.5 + 0.5 * 3
@@ -382,8 +394,9 @@ def test_a_ranking_of_two_is_a_pair():
   out = losses.plackett_luce(*ranked, jnp.ones((1, 2)), beta=0.5)
   pair = losses.dpo(*PAIR, beta=0.5)
   np.testing.assert_allclose(out.loss[0], pair.loss, rtol=1e-6)
-  for key in ("rewards/margins", "rewards/accuracies", "rewards/rejected"):
+  for key in ("rewards/margins", "rewards/rejected"):
     assert out.metrics[key][0] == pair.metrics[key]
+  assert out.metrics["rewards/accuracies"].value[0] == 1
 
 
 def test_a_ranking_counts_the_pairs_that_are_in_order():
@@ -392,7 +405,7 @@ def test_a_ranking_counts_the_pairs_that_are_in_order():
   out = losses.plackett_luce(
     ranked, jnp.zeros((1, 4)), jnp.array([[1.0, 1, 1, 0]]), beta=1.0
   )
-  np.testing.assert_allclose(out.metrics["rewards/accuracies"], 2 / 3)
+  np.testing.assert_allclose(out.metrics["rewards/accuracies"].value, 2 / 3)
   assert out.metrics["rewards/rejected"][0] == 2
   e = np.exp([3.0, 1, 2])
   expected = -np.log(e[0] / e.sum() * e[1] / (e[1] + e[2]))

@@ -22,7 +22,12 @@ from dpo_jax.batch import Scores
 from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.losses import registry
 from dpo_jax.models import llama
-from dpo_jax.train_step import TrainState, evaluate_step, train_step
+from dpo_jax.train_step import (
+  TrainState,
+  evaluate_step,
+  loss_inputs,
+  train_step,
+)
 
 VOCABULARY = 32
 CONFIG = llama.Config(
@@ -41,6 +46,7 @@ LOSSES = {
   "tpo": losses.make("tpo", beta=0.3),
   "plackett_luce": losses.make("plackett_luce"),
   "mixture": losses.make("dpo+0.5*sft"),
+  "ranked mixture": losses.make("plackett_luce+0.5*sft"),
   "ld_wpo": losses.make("ipo", ld_alpha=0.3, wpo=True),
   "divergence": losses.make("dpo", divergence="js"),
 }
@@ -268,6 +274,21 @@ def test_tails_and_confidences_are_those_of_the_responses_tokens():
         scores.confidence[here], (tokens[branch] - squares[branch]).mean(),
         rtol=1e-4,
       )  # fmt: skip
+
+
+def test_of_rankings_the_best_is_the_chosen_one_but_beside_a_gold_one():
+  batch = make_batch("ranked")
+  scores = Scores(jnp.arange(batch.lengths.size).reshape(batch.lengths.shape))
+  plain = loss_inputs(scores, None, batch)
+  assert "policy_gold_logps" not in plain
+  three = loss_inputs(scores, None, batch, gold=True)
+  for i, (a, b) in enumerate(
+    [(plain["policy_chosen_logps"], three["policy_gold_logps"]),
+     (plain["policy_rejected_logps"], three["policy_chosen_logps"]),
+     (scores.logps[..., 2], three["policy_rejected_logps"])]
+  ):  # fmt: skip
+    np.testing.assert_array_equal(a, scores.logps[..., i])
+    np.testing.assert_array_equal(a, b)
 
 
 def test_a_mixture_has_the_gradient_of_the_sum_of_its_terms():

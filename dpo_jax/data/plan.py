@@ -55,12 +55,12 @@ class Plan:
     scored_multiple: int = 8,
     row_counts: int = 4,
     reference: Scores | None = None,
+    mismatch: bool = True,
   ):
     """Plans all steps; cost is that of packing lengths, no token is read.
 
     Args:
-      examples: see `store.Examples`. Of kind "unpaired", each is joined by
-        the completion of the example before it in the batch.
+      examples: see `store.Examples`.
       batch_size: examples a step.
       steps: number of steps; None: once through the examples.
       seed: of the order.
@@ -72,20 +72,22 @@ class Plan:
       row_counts: most different numbers of rows that batches may have; each is
         a shape to compile.
       reference: f32[N K] each, to hand out with the batches.
+      mismatch: join each example of kind "unpaired" by the completion of the
+        example before it in the batch, for a loss that reads that.
 
     Raises:
-      ConfigError: a row too short for the longest example, or unpaired data
-        with fewer than two examples a batch.
+      ConfigError: a row too short for the longest example, or fewer than two
+        examples a batch to mismatch.
     """
     self.examples = examples
     self.batch_size = batch_size
     self.seed = seed
     self.shuffle = shuffle
     self.reference = reference
-    self._mismatched = examples.kind == "unpaired"
+    self._mismatched = mismatch and examples.kind == "unpaired"
     if self._mismatched and min(batch_size, len(examples)) < 2:
       raise ConfigError(
-        "unpaired losses need batch_size >= 2 (and as many examples): each"
+        "this loss needs batch_size >= 2 (and as many examples): each"
         " completion is also matched with another one's prompt"
       )
     self._steps = -(-len(examples) // batch_size) if steps is None else steps

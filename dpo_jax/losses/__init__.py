@@ -2,7 +2,7 @@
 
 >>> from dpo_jax import losses
 >>> out = losses.dpo(pi_w, pi_l, ref_w, ref_l, beta=0.1)  # per example
->>> loss = out.loss.mean()
+>>> loss = out.loss.mean()  # `reduce(out)["loss"].mean()` for any loss
 
 `make(name, **options)` gives the same by name, for configs and sweeps, and
 mixtures and modifiers of them; `describe()` prints all there are.
@@ -38,12 +38,13 @@ from dpo_jax.losses.hinge import hinge
 from dpo_jax.losses.ipo import ipo
 from dpo_jax.losses.kto import kto
 from dpo_jax.losses.ld import desensitize, tail_logps
-from dpo_jax.losses.loss import MODIFIERS, Loss, Term, defaults, make, mix
+from dpo_jax.losses.loss import Loss, Term
+from dpo_jax.losses.making import defaults, make, mix
 from dpo_jax.losses.nca import nca
 from dpo_jax.losses.orpo import log_odds, orpo
 from dpo_jax.losses.plackett_luce import plackett_luce
 from dpo_jax.losses.r_dpo import r_dpo
-from dpo_jax.losses.registry import names, register
+from dpo_jax.losses.registry import MODIFIERS, names, register
 from dpo_jax.losses.reward import reward
 from dpo_jax.losses.robust import robust
 from dpo_jax.losses.sft import sft

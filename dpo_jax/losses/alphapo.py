@@ -9,21 +9,20 @@ from dpo_jax.losses.base import (
   check_range,
   mean_logps,
   pair_metrics,
+  tame_expm1,
 )
 from dpo_jax.losses.registry import register
-
-_LARGEST = 80.0  # exp of it squares to no infinity when weighted and averaged
 
 
 def shaped_reward(mean_logps: jax.Array, alpha: float) -> jax.Array:
   """(1 - p^-alpha) / alpha of p = exp(mean_logps), f[...] -> f[...].
 
-  Formed from the logarithm: p itself underflows below -104 nats. The exponent
-  is held below 80, with zero gradient from there on. alpha near 0 is log p.
+  Formed from the logarithm, since p itself underflows below -104 nats; beyond
+  p^-alpha = e^30 it goes on linearly. alpha = 0 is log p.
   """
-  if abs(alpha) < 1e-6:
-    return mean_logps
-  return -jnp.expm1(jnp.minimum(-alpha * mean_logps, _LARGEST)) / alpha
+  near = jnp.abs(alpha) < 1e-6
+  safe = jnp.where(near, 1.0, alpha)
+  return jnp.where(near, mean_logps, -tame_expm1(-safe * mean_logps) / safe)
 
 
 @register(paper="2501.03884", aggregation="mean")

@@ -1,7 +1,6 @@
 """What a loss takes and gives: named inputs, an unreduced output, sums."""
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -65,6 +64,9 @@ class LossOutput(NamedTuple):
       carries nothing.
     terms: of a mixture, its parts as (loss, weights), coefficients multiplied
       in; the mean of the mixture is the sum of their means.
+
+  `reduce(output)["loss"].mean()` is the mean to minimise. `output.loss.mean()`
+  is the same number only where `weights` is None and there are no `terms`.
   """
 
   loss: jax.Array
@@ -99,7 +101,7 @@ def reduce(
 
   Returns:
     `Sums` by name, "loss" among them. Entries of weight 0 change no number,
-    whatever they hold.
+    whatever they hold; for no gradient either, what they hold must be finite.
   """
   if weights is None:
     weights = jnp.ones_like(output.loss)
@@ -120,17 +122,33 @@ def reduce(
   return sums
 
 
-def binary_nll(margins: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+def at_least_float32(x: Any) -> jax.Array:
+  """An array in float32, or wider if it is; Python numbers take the dtype of
+  what they meet."""
+  x = jnp.asarray(x)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return x if x.dtype == wide else x.astype(wide)
+
+
+def binary_nll(margins: jax.Array, label_smoothing: Any = 0.0) -> jax.Array:
   """Bradley-Terry's negative log-likelihood of the labels, f[...] -> f[...].
 
       -(1-e) log sigmoid(m) - e log sigmoid(-m)
 
   for labels that are wrong with probability e; finite for any finite margin.
   """
-  nll = -(1 - label_smoothing) * jax.nn.log_sigmoid(margins)
-  if label_smoothing:
-    nll -= label_smoothing * jax.nn.log_sigmoid(-margins)
-  return nll
+  right, wrong = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
+  return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def tame_expm1(x: jax.Array) -> jax.Array:
+  """exp(x) - 1, which goes on linearly beyond 30 (float64: 300).
+
+  So large a number and its gradient stay finite, and so do their squares.
+  """
+  largest = 300.0 if x.dtype == jnp.float64 else 30.0
+  far = jax.nn.relu(x - largest)
+  return jnp.expm1(jnp.minimum(x, largest)) + math.exp(largest) * far
 
 
 def mean_logps(logps: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -175,10 +193,12 @@ def unpaired_metrics(
 def check_range(name: str, value: Any, low: float, high: float) -> None:
   """Raises ValueError unless value is finite and in [low, high]; traced values
   pass."""
-  if not isinstance(value, numbers.Real):
+  if isinstance(value, jax.core.Tracer):
     return
-  if not (math.isfinite(value) and low <= value <= high):
-    raise ValueError(f"{name}={value} should lie in [{low}, {high}]")
+  number = float(value)
+  if not (math.isfinite(number) and low <= number <= high):
+    limits = f"[{low}, {high}]" if math.isfinite(high) else f"[{low}, inf)"
+    raise ValueError(f"{name}={value} should lie in {limits}")
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:

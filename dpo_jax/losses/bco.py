@@ -1,6 +1,6 @@
 """BCO: a binary classifier of thumbs up and down, with a reward shift."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class RewardMeans(NamedTuple):
   undesirable: Sums
 
 
-def no_rewards() -> RewardMeans:
+def no_rewards(dtype: Any = jnp.float32) -> RewardMeans:
   """The state before the first batch."""
-  zero = jnp.zeros((), jnp.float32)
+  zero = jnp.zeros((), dtype)
   return RewardMeans(Sums(zero, zero), Sums(zero, zero))
 
 
@@ -75,13 +75,14 @@ def bco(
   if weights is None:
     weights = jnp.ones_like(policy_logps)
   rewards = beta * (policy_logps - reference_logps)
-  state = no_rewards() if state is None else state
+  state = no_rewards(rewards.dtype) if state is None else state
   seen = jax.lax.stop_gradient(jnp.where(weights > 0, rewards, 0.0))
 
   def with_batch(sums, mine):
     mine = jnp.where(training, mine * weights, 0.0)
-    total = sums.total + (seen * mine).sum()
-    return Sums(total, sums.count + mine.sum())
+    dtype = sums.total.dtype
+    total = sums.total + (seen * mine).sum().astype(dtype)
+    return Sums(total, sums.count + mine.sum().astype(dtype))
 
   state = RewardMeans(
     with_batch(state.desirable, desirable),
@@ -101,11 +102,10 @@ def bco(
 
 def _middle(state):
   """Mean of the class means, over the classes seen so far."""
-  there = [jnp.minimum(s.count, 1.0) for s in state]
-  total = sum(s.mean() for s in state)
-  return total / jnp.maximum(sum(there), 1.0)
+  classes = sum((s.count > 0).astype(s.total.dtype) for s in state)
+  return sum(s.mean() for s in state) / jnp.maximum(classes, 1)
 
 
 def _pooled(state):
-  total = sum(s.total for s in state)
-  return total / jnp.maximum(sum(s.count for s in state), 1.0)
+  both = Sums(*(sum(x) for x in zip(*state, strict=True)))
+  return both.mean()

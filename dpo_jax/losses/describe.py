@@ -3,7 +3,8 @@
 from typing import Any
 
 from dpo_jax.losses import registry
-from dpo_jax.losses.loss import Loss, make
+from dpo_jax.losses.loss import Loss
+from dpo_jax.losses.making import make
 
 COLUMNS = ("loss", "data", "reads", "log-probs", "defaults", "paper")
 _DATA = {

@@ -3,12 +3,17 @@
 Maximising E[r] - beta D_f(pi || ref) gives r = beta f'(pi/ref) + const(x), so a
 loss of the difference of two log-ratios becomes one of the difference of two
 scores f'(u), u = pi(y|x) / ref(y|x). Wang et al. 2023 (2309.16240).
+
+Length-normalised losses (`sigmoid_norm`, `ipo` by tokens) take scores as TRL
+does, although of two lengths the constant does not cancel exactly, nor does it
+under KL.
 """
 
 import math
 
 import jax
-import jax.numpy as jnp
+
+from dpo_jax.losses.base import tame_expm1
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -45,11 +50,4 @@ def divergence_score(
   power = {"reverse_kl": 0.0, "forward_kl": -1.0}.get(divergence, alpha - 1)
   if abs(power) < 1e-6:
     return logratios
-  return _expm1(power * logratios) / power
-
-
-def _expm1(x):
-  largest = 300.0 if x.dtype == jnp.float64 else 30.0
-  return jnp.expm1(jnp.minimum(x, largest)) + math.exp(largest) * jax.nn.relu(
-    x - largest
-  )
+  return tame_expm1(power * logratios) / power

@@ -1,8 +1,7 @@
 """EXO: the reverse KL to the preference distribution of a pair."""
 
-import math
-
 import jax
+import jax.numpy as jnp
 
 from dpo_jax.losses.base import LossOutput, check_range, pair_metrics
 from dpo_jax.losses.registry import register
@@ -41,7 +40,7 @@ def exo(
   chosen = beta * (policy_chosen_logps - reference_chosen_logps)
   rejected = beta * (policy_rejected_logps - reference_rejected_logps)
   margins = chosen - rejected
-  log_p, log_not_p = math.log1p(-label_smoothing), math.log(label_smoothing)
+  log_p, log_not_p = jnp.log1p(-label_smoothing), jnp.log(label_smoothing)
   loss = jax.nn.sigmoid(margins) * (jax.nn.log_sigmoid(margins) - log_p)
   loss += jax.nn.sigmoid(-margins) * (jax.nn.log_sigmoid(-margins) - log_not_p)
   return LossOutput(

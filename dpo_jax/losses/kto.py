@@ -53,7 +53,8 @@ def kto(
   logratios = policy_logps - reference_logps
   kl = policy_kl_logps - reference_kl_logps
   kl = jnp.where(weights > 0, kl, 0.0) * weights
-  z0 = jnp.maximum(0.0, kl.sum() / jnp.maximum(weights.sum(), 1.0))
+  count = weights.sum()
+  z0 = jnp.maximum(0.0, kl.sum() / jnp.where(count > 0, count, 1.0))
   z0 = jax.lax.stop_gradient(z0)
   liked = desirable_weight * jax.nn.sigmoid(-beta * (logratios - z0))
   disliked = undesirable_weight * jax.nn.sigmoid(beta * (logratios - z0))

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses.base import at_least_float32
+
 
 def desensitize(
   logps: jax.Array, tail_logps: jax.Array, ld_alpha: float
@@ -36,6 +38,6 @@ def tail_logps(
   Returns:
     f[...].
   """
-  mask = mask.astype(bool)
+  mask, token_logps = mask.astype(bool), at_least_float32(token_logps)
   beyond = jnp.cumsum(mask, axis=-1) > other_lengths[..., None]
   return jnp.where(mask & beyond, token_logps, 0.0).sum(axis=-1)

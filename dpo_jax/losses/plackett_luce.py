@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses.base import LossOutput, check_range
+from dpo_jax.losses.base import LossOutput, Weighted, check_range
 from dpo_jax.losses.registry import register
 
 
@@ -44,27 +44,27 @@ def plackett_luce(
   open_rewards = jnp.where(rest, rewards[..., None, :], -1e30)
   normalizer = jax.nn.logsumexp(open_rewards, axis=-1)
   nll = jnp.where(there, normalizer - rewards, 0.0).sum(axis=-1)
-  count = there.sum(axis=-1, dtype=rewards.dtype)
-  last = jnp.take_along_axis(
-    rewards, there.sum(axis=-1, keepdims=True) - 1, axis=-1
-  )[..., 0]
+  last = jnp.where(there, jnp.arange(k), 0).max(axis=-1, keepdims=True)
+  last = jnp.take_along_axis(rewards, last, axis=-1)[..., 0]
   return LossOutput(
     nll,
     {
       "rewards/chosen": rewards[..., 0],
       "rewards/rejected": last,
       "rewards/margins": rewards[..., 0] - last,
-      "rewards/accuracies": _ordered_pairs(rewards, there, count),
+      "rewards/accuracies": Weighted(*_ordered_pairs(rewards, there)),
       "logps/chosen": policy_ranked_logps[..., 0],
     },
   )
 
 
-def _ordered_pairs(rewards, there, count):
-  """Share of the pairs of a ranking whose rewards have its order, ties half."""
+def _ordered_pairs(rewards, there):
+  """Share of the pairs of a ranking whose rewards have its order, ties half,
+  and whether it has a pair."""
   k = rewards.shape[-1]
   right = 0.5 * (1 + jnp.sign(rewards[..., :, None] - rewards[..., None, :]))
   pair = there[..., :, None] & there[..., None, :]
   pair &= jnp.arange(k)[:, None] < jnp.arange(k)
-  pairs = jnp.maximum(count * (count - 1) / 2, 1.0)
-  return jnp.where(pair, right, 0.0).sum(axis=(-2, -1)) / pairs
+  pairs = pair.sum(axis=(-2, -1)).astype(rewards.dtype)
+  share = jnp.where(pair, right, 0.0).sum(axis=(-2, -1)) / jnp.maximum(pairs, 1)
+  return share, jnp.minimum(pairs, 1)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses.base import INPUTS, LossOutput
+from dpo_jax.losses.base import INPUTS, LossOutput, at_least_float32
 
 Function = Callable[..., LossOutput]
 
@@ -59,7 +59,9 @@ def register(
 
   Args:
     function: pure, of inputs named as in `INPUTS` and keyword-only
-      hyper-parameters, returning a `LossOutput`.
+      hyper-parameters, returning a `LossOutput` with one entry an example. One
+      whose examples see each other must name `weights`: it is then given the
+      whole global batch, and its empty places.
     paper: arXiv id, for `describe`.
     aggregation: how token log-probs enter, for `describe`.
     divergences: True if the log-ratios enter by their difference alone, so that
@@ -67,8 +69,9 @@ def register(
     state: of a loss that names `state`: makes the one before the first batch.
 
   Raises:
-    TypeError: a positional parameter is not one of `INPUTS`, or a keyword-only
-      parameter has no default.
+    TypeError: a positional parameter is not one of `INPUTS`, a keyword-only
+      parameter has no default or the name of an input or a modifier, or of
+      `state` the parameter and the argument only one is there.
     ValueError: another function holds that name.
   """
   if function is None:
@@ -86,15 +89,22 @@ def register(
         raise TypeError(
           f"loss {name!r}: hyper-parameter {parameter.name!r} needs a default"
         )
-      if parameter.name in MODIFIERS:
+      if parameter.name in MODIFIERS or parameter.name in INPUTS:
+        what = "a modifier" if parameter.name in MODIFIERS else "an input"
         raise TypeError(
-          f"loss {name!r}: the name {parameter.name!r} is that of a modifier"
+          f"loss {name!r}: the name {parameter.name!r} is that of {what}"
         )
     elif parameter.name not in INPUTS:
       raise TypeError(
         f"loss {name!r} asks for {parameter.name!r}, which nothing provides;"
         f" known inputs: {', '.join(INPUTS)}"
       )
+
+  if ("state" in positional(function)) != (state is not None):
+    raise TypeError(
+      f"loss {name!r}: a loss that carries state has a parameter 'state' and is"
+      " registered with `state=`, which makes the first one"
+    )
 
   @functools.wraps(function)
   def promoted(*args, **kwargs):
@@ -175,11 +185,14 @@ def suggest(key: str, known: Any) -> str:
 
 
 def promote(name: str, x: Any) -> Any:
-  """An input in float32 at least; state and what is no input stay as is."""
-  if x is None or name not in INPUTS or name in ("state", "training"):
+  """An input in float32 at least, a hyper-parameter as a plain number; state
+  stays as it is."""
+  if x is None or name in ("state", "training"):
     return x
-  x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if name in INPUTS:
+    return at_least_float32(x)
+  plain = isinstance(x, numbers.Real) and not isinstance(x, bool)
+  return float(x) if plain else x
 
 
 def abstract_inputs() -> dict[str, Any]:
@@ -189,4 +202,5 @@ def abstract_inputs() -> dict[str, Any]:
   inputs: dict[str, Any] = {
     name: three if "ranked" in name else one for name in INPUTS
   }
-  return inputs | {"state": None, "training": True}
+  del inputs["training"]  # a constant, not an array
+  return inputs | {"state": None}

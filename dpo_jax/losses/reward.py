@@ -33,11 +33,9 @@ def reward(
   check_range("centering", centering, 0.0, float("inf"))
   difference = chosen_scores - rejected_scores
   margins = 0.0 if preference_margins is None else preference_margins
-  loss = binary_nll(difference - margins)
-  if centering:
-    loss += centering * (chosen_scores + rejected_scores) ** 2
+  centre = centering * (chosen_scores + rejected_scores) ** 2
   return LossOutput(
-    loss,
+    binary_nll(difference - margins) + centre,
     {
       "rewards/chosen": chosen_scores,
       "rewards/rejected": rejected_scores,

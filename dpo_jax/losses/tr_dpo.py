@@ -3,6 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses.base import check_range
 
 
 def mix_reference(reference: Any, policy: Any, mixup: float) -> Any:
@@ -19,10 +22,18 @@ def mix_reference(reference: Any, policy: Any, mixup: float) -> Any:
     mixup: in [0, 1]; larger follows faster.
 
   Returns:
-    Tree like `reference`, in its dtypes.
+    Tree like `reference`, in its dtypes; what is smaller than their rounding
+    (a small mixup in bfloat16) is lost.
+
+  Raises:
+    ValueError: mixup out of range.
   """
-  return jax.tree.map(
-    lambda r, p: ((1 - mixup) * r + mixup * p).astype(r.dtype),
-    reference,
-    policy,
-  )
+  check_range("mixup", mixup, 0.0, 1.0)
+
+  def one(r, p):
+    wide = jnp.promote_types(r.dtype, jnp.float32)
+    a, b = r.astype(wide), p.astype(wide)
+    # In this form equal weights stay what they are.
+    return jnp.where(mixup == 1, b, a + mixup * (b - a)).astype(r.dtype)
+
+  return jax.tree.map(one, reference, policy)

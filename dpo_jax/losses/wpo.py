@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses.base import at_least_float32
+
 
 def wpo_weights(
   chosen_confidence: jax.Array, rejected_confidence: jax.Array
@@ -34,6 +36,7 @@ def confidence(
   Returns:
     f[...], without gradient; 0 for a response without tokens.
   """
-  aligned = jnp.where(mask.astype(bool), token_logps - token_log_sum_sq, 0.0)
+  aligned = at_least_float32(token_logps) - at_least_float32(token_log_sum_sq)
+  aligned = jnp.where(mask.astype(bool), aligned, 0.0)
   mean = aligned.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
   return jax.lax.stop_gradient(mean)

@@ -74,9 +74,7 @@ def dot_plot(rows: Sequence[Any], panels: Sequence[Panel], title: str) -> str:
 
 
 def _panel(rows, panel: Panel, left: float) -> str:
-  values = [panel.value(r) for r in rows]
-  both = values + ([panel.second(r) for r in rows] if panel.second else [])
-  finite = [v for v in both if math.isfinite(v)] or [0.0]
+  finite = [v for row in rows for v in _reach(row, panel)] or [0.0]
   low, high = min(0.0, *finite), max(0.0, *finite)
   if low == high:
     high = low + 1
@@ -103,6 +101,15 @@ def _panel(rows, panel: Panel, left: float) -> str:
   return "".join(out)
 
 
+def _reach(row, panel: Panel) -> list[float]:
+  """Finite ends of what is drawn of a row."""
+  value = panel.value(row)
+  ends = [value, panel.second(row) if panel.second else value]
+  if panel.error:
+    ends += [value - panel.error(row), value + panel.error(row)]
+  return [v for v in ends if math.isfinite(v)]
+
+
 def _marks(row, panel: Panel, at, y: float) -> str:
   value = panel.value(row)
   if not math.isfinite(value):
@@ -112,8 +119,7 @@ def _marks(row, panel: Panel, at, y: float) -> str:
     other = panel.second(row)
     out += f'<path class="link" d="M{at(value):.1f} {y}H{at(other):.1f}"/>'
     out += f'<circle class="b" cx="{at(other):.1f}" cy="{y}" r="4.5"/>'
-  if panel.error:
-    error = panel.error(row)
+  if panel.error and math.isfinite(error := panel.error(row)):
     out += (
       f'<path class="e" d="M{at(value - error):.1f} {y}'
       f'H{at(value + error):.1f}"/>'

@@ -169,7 +169,9 @@ def test_three_steps_of_training_are_trls(rng, tmp_path, case):
     functools.partial(
       train_step, score=make_score(model), tx=tx,
       loss=losses.make(name, beta=beta, **modifiers), **moving,
-    )
+    ),
+    # Three steps: optimising them takes longer than running them.
+    compiler_options={"xla_backend_optimization_level": 0},
   )  # fmt: skip
   ours = []
   for batch in _pack(examples, steps):
