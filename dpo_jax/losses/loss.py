@@ -3,22 +3,20 @@ and the modifiers that go with any of them. `making.py` makes them."""
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.losses import registry
 from dpo_jax.losses.base import INPUTS, LossOutput, Weighted
-from dpo_jax.losses.divergences import divergence_score
-from dpo_jax.losses.ld import desensitize
+from dpo_jax.losses.modifiers import (
+  SIDES,
+  logps_of_a_pair,
+  run_modified,
+  tail_of,
+)
 from dpo_jax.losses.registry import MODIFIERS
-from dpo_jax.losses.wpo import wpo_weights
-
-_SIDES = ("chosen", "rejected")
-_OF_A_PAIR = re.compile("(policy|reference)_(chosen|rejected)_logps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +103,9 @@ class Loss:
     """Names of what the loss reads, in the order of its signature."""
     needs = dict.fromkeys(name for term in self.terms for name in term.needs)
     if self.wpo:
-      needs |= dict.fromkeys(f"{side}_confidence" for side in _SIDES)
+      needs |= dict.fromkeys(f"{side}_confidence" for side in SIDES)
     if self.ld_alpha != 1:
-      needs |= dict.fromkeys(
-        name.replace("_logps", "_tail_logps")
-        for name in tuple(needs)
-        if _OF_A_PAIR.fullmatch(name)
-      )
+      needs |= dict.fromkeys(map(tail_of, logps_of_a_pair(tuple(needs))))
     return tuple(needs)
 
   @property
@@ -163,7 +157,7 @@ class Loss:
     inputs = self._named(arrays, inputs)
     # As each registered function does: nothing below is computed in bfloat16.
     inputs = {k: registry.promote(k, x) for k, x in inputs.items()}
-    outputs = [self._term(term, inputs) for term in self.terms]
+    outputs = [run_modified(self, term, inputs) for term in self.terms]
     scaled = [
       (
         out.loss if t.coefficient == 1 else t.coefficient * out.loss,
@@ -185,53 +179,6 @@ class Loss:
       state=next((o.state for o in outputs if o.state is not None), None),
       terms=tuple(scaled),
     )
-
-  def _term(self, term: Term, inputs: dict[str, Any]) -> LossOutput:
-    """A term under the modifiers; those are about pairs, so not about sft."""
-    if term.kind == "sft":
-      return term(inputs)
-    out = term(inputs)
-    logged = out.metrics
-    if self.ld_alpha != 1:
-      inputs = inputs | self._desensitized(inputs)
-      out = term(inputs)
-      # Rewards are those that are compared, log-probs those of the responses.
-      logged = logged | {
-        k: v for k, v in out.metrics.items() if k[:5] != "logps"
-      }
-    if self.divergence != "reverse_kl":
-      # Rewards are still logged as beta times the log-ratio, as in TRL.
-      out = term(inputs | self._scores(inputs))
-    if self.wpo:
-      weights = wpo_weights(*(inputs[f"{side}_confidence"] for side in _SIDES))
-      out = out._replace(loss=out.loss * weights)
-      logged = logged | {"wpo_weights": weights}
-    return out._replace(metrics=logged)
-
-  def _desensitized(self, inputs):
-    """Log-probs of which the tails count less."""
-    return {
-      name: desensitize(
-        inputs[name],
-        inputs[name.replace("_logps", "_tail_logps")],
-        self.ld_alpha,
-      )
-      for name in self.needs
-      if _OF_A_PAIR.fullmatch(name)
-    }
-
-  def _scores(self, inputs):
-    """Log-probs whose ratios are the scores of the divergence."""
-    scores = {}
-    for side in _SIDES:
-      policy, reference = f"policy_{side}_logps", f"reference_{side}_logps"
-      scores[policy] = divergence_score(
-        inputs[policy] - inputs[reference],
-        self.divergence,
-        self.divergence_alpha,
-      )
-      scores[reference] = jnp.zeros_like(scores[policy])
-    return scores
 
   def _named(self, arrays, inputs) -> dict[str, Any]:
     """All inputs by name, none twice, none unknown, none missing."""

@@ -180,7 +180,7 @@ def test_three_steps_of_training_are_trls(rng, tmp_path, case):
 
   if case in ("dpo", "ld", "moving_reference"):
     assert abs(ours[0] - np.log(2)) < 1e-6
-  assert abs(ours[2] - ours[0]) > 1e-3
+  assert np.ptp(ours) > 1e-4 * ours[0]
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
   ids = rng.integers(0, config.vocab_size, (2, 40))
   np.testing.assert_allclose(

@@ -128,7 +128,8 @@ def _differentiate(loss, batch, x64, likelihood="response"):
       ):
         inputs[f"policy_{side}_logps"] = total
         inputs[f"{side}_lengths"] = length
-        inputs[f"reference_{side}_logps"] = jnp.zeros_like(total)
+        if loss.needs_reference:
+          inputs[f"reference_{side}_logps"] = jnp.zeros_like(total)
       out = loss(**inputs)
       value = losses.reduce(out)["loss"].mean()
       if likelihood != "own" and "nll_loss" in out.metrics:
