@@ -166,7 +166,7 @@ def loss_inputs(
   }
   for i, side in enumerate(sides):
     inputs[f"{side}_lengths"] = lengths[..., i]
-    if policy.confidence is not None and side != "gold":
+    if policy.confidence is not None:
       inputs[f"{side}_confidence"] = policy.confidence[..., i]
   for model, scores in (("policy", policy), ("reference", reference)):
     if scores is None:
@@ -176,9 +176,9 @@ def loss_inputs(
     inputs[f"{model}_kl_logps"] = scores.logps[..., 1]
     for i, side in enumerate(sides):
       inputs[f"{model}_{side}_logps"] = scores.logps[..., i]
-      if scores.tails is not None and side != "gold":
+      if scores.tails is not None:
         inputs[f"{model}_{side}_tail_logps"] = scores.tails[..., i]
-  return inputs
+  return {k: x for k, x in inputs.items() if k in losses.INPUTS}
 
 
 def evaluate_step(
