@@ -26,7 +26,10 @@ import safetensors.numpy
 from dpo_jax.errors import CheckpointError
 
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
-FAMILIES = {"llama": "dpo_jax.models.llama"}
+FAMILIES = {
+  name: f"dpo_jax.models.{name}"
+  for name in ("llama",)
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Others are quantised: read as they stand, they would be another model.
@@ -192,6 +195,10 @@ def _check_types(config: Any) -> None:
   """JSON holds what it likes; the model needs sizes, factors and switches."""
   for field in dataclasses.fields(config):
     value, kind = getattr(config, field.name), field.type
+    if isinstance(kind, types.UnionType):  # or None
+      if value is None:
+        continue
+      kind = kind.__args__[0]
     if kind is float:
       fits = type(value) in (int, float) and 0 < value < math.inf
     else:
