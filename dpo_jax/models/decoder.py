@@ -76,7 +76,10 @@ class Config:
         f"activation={self.activation!r} should be one of {tuple(ACTIVATIONS)}"
       )
     local = tuple(self.local[i % len(self.local)] for i in range(self.layers))
+    # Equal models are to have equal Configs, however these were written.
     object.__setattr__(self, "local", local)
+    if self.query_scalar is None:
+      object.__setattr__(self, "query_scalar", self.head_dim)
     if any(local) and self.window is None:
       raise ValueError("layers with a sliding window, and window=None")
 
@@ -121,7 +124,7 @@ class Block(nn.Module):
       use_bias=c.attention_bias or c.qkv_bias,
       output_bias=c.attention_bias,
       make_norm=norm if c.qk_norm else None,
-      scale=(c.query_scalar or c.head_dim) ** -0.5,
+      scale=c.query_scalar**-0.5,
       cap=c.attention_cap,
       implementation=self.compute.attention,
       param_dtype=dtype,
