@@ -28,7 +28,7 @@ from dpo_jax.errors import CheckpointError
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
 FAMILIES = {
   name: f"dpo_jax.models.{name}"
-  for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+  for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
