@@ -123,7 +123,8 @@ def separately(params, model, rows):
   hidden = model.apply(
     params, tokens, positions, np.zeros_like(tokens), positions + 1
   )
-  table = jax.nn.log_softmax(hidden @ model.unembed(params).T)
+  logits = logps.capped(hidden @ model.unembed(params).T, model.logit_cap)
+  table = jax.nn.log_softmax(logits)
   each = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], 2)[..., 0]
   return jnp.where(scored[:, 1:], each, 0).sum(axis=1)
 
