@@ -1,5 +1,5 @@
-"""Sliding windows and soft caps: exact in blocks, and in mirrored rows, whose
-reversed branch sees its own beginning and the prompt's end, with a gap between."""
+"""Sliding windows and soft caps, in blocks and in mirrored rows: a reversed
+branch sees its own beginning and the prompt's end, with a gap between."""
 
 import dataclasses
 import functools
