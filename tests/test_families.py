@@ -231,6 +231,8 @@ def test_a_feature_that_is_lost_shows_in_the_golden_logits(name, change):
     ("gemma2", {"attn_logit_softcapping": "50"}, "attention_cap='50'"),
     ("gemma2", {"query_pre_attn_scalar": 0}, "query_scalar=0"),
     ("gemma2", {"sliding_window": None}, "window=None"),
+    ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+    ("qwen2", {"num_attention_heads": 0}, "config.json"),
     ("gemma3", {"model_type": "gemma3"}, "known: llama, mistral"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_theta'"),

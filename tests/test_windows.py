@@ -68,7 +68,8 @@ def test_mirrored_rows_equal_separate_sequences(
   if how == "blockwise":
     small = functools.partial(attention.attention, block=8)
     monkeypatch.setattr(layers, "attention", small)
-  model = make_model(CONFIGS[name], dtype, attention=how)
+  remat = "block" if how == "blockwise" else "none"
+  model = make_model(CONFIGS[name], dtype, attention=how, remat=remat)
   batch = mirrored.packed()
   values, grads = mirrored.with_gradients(
     lambda p: mirrored.in_rows(p, model, batch, PLACES).reshape(-1),

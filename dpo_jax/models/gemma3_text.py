@@ -53,6 +53,8 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     # transformers reads it and does not use it.
     raise ValueError("attn_logit_softcapping is not supported")
   every = hf["sliding_window_pattern"]
+  if type(every) is not int or every < 1:
+    raise ValueError(f"sliding_window_pattern={every!r} should be above 0")
   pattern = [(i + 1) % every != 0 for i in range(hf["num_hidden_layers"])]
   return Config(
     **gemma2.shared_fields(hf),

@@ -63,7 +63,9 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     config = module.config_from_hf(hf)
     _check_types(config)
     return module, config
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  except (
+    ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+  ) as e:  # fmt: skip
     what = f"missing {e}" if isinstance(e, KeyError) else e
     raise CheckpointError(f"{file}: {what}") from e
   except CheckpointError as e:
