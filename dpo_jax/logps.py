@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 
 def token_logps(
-  hidden: jax.Array, head: jax.Array, targets: jax.Array, *, tile: int = 1024
+  hidden: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  *,
+  tile: int = 1024,
+  cap: float | None = None,
 ) -> jax.Array:
   """log softmax(hidden @ head.T)[target], tile by tile.
 
@@ -21,33 +26,39 @@ def token_logps(
     targets: i32[N], token ids in [0, V).
     tile: rows of logits alive at once; each is computed over the whole
       vocabulary in one product, so memory is `tile * V` floats.
+    cap: logits become `cap * tanh(logits / cap)`; `None`: stay.
 
   Returns:
     f32[N]. Products accumulate in float32 and the log-sum-exp is float32,
     whatever dtype comes in.
   """
-  return _by_tiles(hidden, head, targets, tile, False)[0]
+  return _by_tiles(hidden, head, targets, tile, False, cap)[0]
 
 
 def token_logps_and_squares(
-  hidden: jax.Array, head: jax.Array, targets: jax.Array, *, tile: int = 1024
+  hidden: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  *,
+  tile: int = 1024,
+  cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`token_logps`, and log sum_v p(v)^2 at the same places, from one pass.
 
   Returns:
     f32[N] each; no gradient flows through the second.
   """
-  return _by_tiles(hidden, head, targets, tile, True)
+  return _by_tiles(hidden, head, targets, tile, True, cap)
 
 
-def _by_tiles(hidden, head, targets, tile, squares):
+def _by_tiles(hidden, head, targets, tile, squares, cap):
   rows = hidden.shape[0]
   tiles = -(-rows // tile)
   tile = -(-rows // tiles)
   pad = tiles * tile - rows
   hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(tiles, tile, -1)
   targets = jnp.pad(targets, (0, pad)).reshape(tiles, tile)
-  results = _tiled(squares, hidden, head, targets)
+  results = _tiled(squares, cap, hidden, head, targets)
   return tuple(x.reshape(-1)[:rows] for x in results)
 
 
@@ -84,23 +95,29 @@ def beyond(slot: jax.Array, limits: jax.Array) -> jax.Array:
   return (index >= limit) & (slot < slots)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(squares, hidden, head, targets):
-  return _forward(squares, hidden, head, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled(squares, cap, hidden, head, targets):
+  return _forward(squares, cap, hidden, head, targets)[0]
 
 
-def _logits(hidden, head):
+def capped(logits: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(logits / cap), or the logits as they are for `None`."""
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _logits(hidden, head, cap):
   # f32 out of the product itself: rounding logits to bf16 costs tenths of a
   # nat over a few hundred tokens.
-  return jnp.einsum(
+  logits = jnp.einsum(
     "nd,vd->nv", hidden, head, preferred_element_type=jnp.float32
   )
+  return capped(logits, cap)
 
 
-def _forward(squares, hidden, head, targets):
+def _forward(squares, cap, hidden, head, targets):
   def one_tile(_, xs):
     h, y = xs
-    logits = _logits(h, head)
+    logits = _logits(h, head, cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
     results = (picked - lse,)
@@ -112,15 +129,18 @@ def _forward(squares, hidden, head, targets):
   return results, (hidden, head, targets, lse)
 
 
-def _backward(_, residuals, g):
+def _backward(_, cap, residuals, g):
   hidden, head, targets, lse = residuals
   g = g[0]
   vocabulary = jnp.arange(head.shape[0])
 
   def one_tile(dhead, xs):
     h, y, z, g = xs
-    probs = jnp.exp(_logits(h, head) - z[:, None])
+    logits = _logits(h, head, cap)
+    probs = jnp.exp(logits - z[:, None])
     dlogits = jnp.where(vocabulary == y[:, None], 1.0, 0.0) - probs
+    if cap is not None:  # the derivative of tanh
+      dlogits *= 1 - (logits / cap) ** 2
     # In the compute dtype, or both products below would run in float32.
     dlogits = (g[:, None] * dlogits).astype(h.dtype)
     dh = jnp.einsum("nv,vd->nd", dlogits, head)

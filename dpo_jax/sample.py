@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.logps import capped
+
 
 class Sampled(NamedTuple):
   tokens: np.ndarray  # i32[N R], the response, padded after its stop token
@@ -32,7 +34,7 @@ def make_sampler(
   """Builds `sampler(variables, prompts, seed)`, compiled once per shape.
 
   Args:
-    model: with a cache, as `models.llama.Llama`.
+    model: with a cache, as `models.decoder.Decoder`.
     max_tokens: most tokens of a response.
     stop_ids: a response ends with the first of these.
     pad_id: fills what follows.
@@ -57,7 +59,7 @@ def make_sampler(
       logits = jnp.einsum(
         "nd,vd->nv", last, head, preferred_element_type=jnp.float32
       )
-      return logits, cache
+      return capped(logits, getattr(model, "logit_cap", None)), cache
 
     ends = jnp.where(index >= start, index + 1, 0)
     cache = model.empty_cache(rows, width + length)

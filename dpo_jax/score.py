@@ -32,7 +32,8 @@ def make_score(
 
   Args:
     model: with `apply(variables, tokens, positions, key_start, key_end)` to
-      hidden states f[B T D], and `unembed(variables)` to f[V D].
+      hidden states f[B T D], and `unembed(variables)` to f[V D]; `logit_cap`,
+      where it has one, bounds logits (`logps.capped`).
     tile: rows of logits alive at once.
     place_head: wraps the head for a mesh (`sharding.Pins.head`).
 
@@ -41,10 +42,12 @@ def make_score(
     not there. `tails` and `confidence` ask for these two as well.
   """
 
+  cap = getattr(model, "logit_cap", None)
+
   def on_rows(head):
     def run(hidden, unembed, target):
       flat = hidden.reshape(-1, hidden.shape[-1])
-      found = head(flat, unembed, target.reshape(-1), tile=tile)
+      found = head(flat, unembed, target.reshape(-1), tile=tile, cap=cap)
       if isinstance(found, tuple):
         return tuple(x.reshape(target.shape) for x in found)
       return found.reshape(target.shape)

@@ -195,9 +195,9 @@ def test_real_pairs_score_as_transformers_scored_them(stories):
   step = jax.jit(evaluate_step, static_argnames=("score", "loss"))
   loss = losses.make("dpo", beta=0.1)
   sums, *scored = step(policy, reference, batch, score=built.score, loss=loss)
-  for name, logps in zip(("policy", "ref"), scored):
+  for name, scores in zip(("policy", "ref"), scored):
     by_example = np.zeros((len(pairs), 2))
-    by_example[ids[ids >= 0]] = np.asarray(logps)[ids >= 0]
+    by_example[ids[ids >= 0]] = np.asarray(scores.logps)[ids >= 0]
     wanted = [
       [p[f"{name}_chosen_logps"], p[f"{name}_rejected_logps"]] for p in pairs
     ]

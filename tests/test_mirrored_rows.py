@@ -24,7 +24,7 @@ from dpo_jax.data.pack import (
   first_fit_decreasing,
   token_cost,
 )
-from dpo_jax.models import attention, layers, llama, rope
+from dpo_jax.models import attention, decoder, layers, llama, rope
 from dpo_jax.train_step import TrainState, evaluate_step, train_step
 
 VOCABULARY = 31
@@ -57,7 +57,7 @@ def precision(request, monkeypatch):
   if request.param == "float32":
     yield 1e-5
     return
-  for module in (attention, layers, llama, rope, logps):
+  for module in (attention, decoder, layers, rope, logps):
     monkeypatch.setattr(module, "jnp", Float64())
   with jax.enable_x64(True):
     yield 1e-10
@@ -123,7 +123,8 @@ def separately(params, model, rows):
   hidden = model.apply(
     params, tokens, positions, np.zeros_like(tokens), positions + 1
   )
-  table = jax.nn.log_softmax(hidden @ model.unembed(params).T)
+  logits = logps.capped(hidden @ model.unembed(params).T, model.logit_cap)
+  table = jax.nn.log_softmax(logits)
   each = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], 2)[..., 0]
   return jnp.where(scored[:, 1:], each, 0).sum(axis=1)
 

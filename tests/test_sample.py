@@ -204,7 +204,7 @@ def test_log_probs_while_sampling_are_those_of_scoring(stories):
   responses = [row[:n] for row, n in zip(out.tokens, out.lengths, strict=True)]
   plan = Plan(as_examples(prompts, responses), batch_size=3, shuffle=False)
   batch, ids = plan[0]
-  scored = np.asarray(jax.jit(make_score(model))(variables, batch))
+  scored = np.asarray(jax.jit(make_score(model))(variables, batch).logps)
   there = ids >= 0
   np.testing.assert_allclose(
     scored[there][np.argsort(ids[there]), 0], out.logps.sum(axis=1), atol=1e-4

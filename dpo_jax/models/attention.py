@@ -2,7 +2,9 @@
 
 Each query i of a row sees the keys in `[key_start[i], key_end[i])`: two
 integers per token say causality, packing, padding and the mirrored rows of
-`batch.py`. A query with an empty range (padding) yields zeros.
+`batch.py`. A query with an empty range (padding) yields zeros. A sliding window
+hides some of a range by position: in a mirrored row the rejected branch then
+sees its own beginning and the prompt's end, with a gap between them.
 
 Letters: B rows, T queries, U keys, H heads, K kv heads (H = G K), h head dim.
 """
@@ -10,7 +12,7 @@ Letters: B rows, T queries, U keys, H heads, K kv heads (H = G K), h head dim.
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.blockwise import MASKED, blockwise_attention
+from dpo_jax.models.blockwise import MASKED, Window, blockwise_attention
 
 IMPLEMENTATIONS = ("blockwise", "dense")
 
@@ -22,7 +24,9 @@ def attention(
   key_start: jax.Array,
   key_end: jax.Array,
   *,
+  window: Window | None = None,
   scale: float | None = None,
+  cap: float | None = None,
   implementation: str = "blockwise",
   block: int = 128,
 ) -> jax.Array:
@@ -34,7 +38,9 @@ def attention(
     v: f[B U K h].
     key_start: i32[B T], first visible key.
     key_end: i32[B T], one past the last visible key.
+    window: hides keys of the range by their positions; `None`: nothing.
     scale: factor on the scores; `None` is `h ** -0.5`.
+    cap: scores become `cap * tanh(scores / cap)`; `None`: stay.
     implementation: "blockwise" goes block by block, skips the keys that no
       query of a block sees and recomputes scores in the backward
       (`blockwise.py`); "dense" is the plain form with a [B T U] mask, the
@@ -53,13 +59,14 @@ def attention(
     )
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if implementation == "dense" or q.shape[1] <= block:
-    return _dense(q, k, v, key_start, key_end, scale)
+    return _dense(q, k, v, key_start, key_end, window, scale, cap)
   return blockwise_attention(
-    q, k, v, key_start, key_end, scale=scale, block=block
-  )
+    q, k, v, key_start, key_end,
+    window=window, scale=scale, cap=cap, block=block,
+  )  # fmt: skip
 
 
-def _dense(q, k, v, key_start, key_end, scale):
+def _dense(q, k, v, key_start, key_end, window, scale, cap):
   B, T, H, h = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, H // K, h)
@@ -68,8 +75,13 @@ def _dense(q, k, v, key_start, key_end, scale):
   )
   keys = jnp.arange(k.shape[1])
   visible = (keys >= key_start[..., None]) & (keys < key_end[..., None])
+  if window is not None:
+    visible &= window.positions[:, None] >= window.oldest[..., None]
   visible = visible[:, None, None]  # bool[B 1 1 T U]
-  scores = jnp.where(visible, scores * scale, MASKED)
+  scores *= scale
+  if cap is not None:
+    scores = cap * jnp.tanh(scores / cap)
+  scores = jnp.where(visible, scores, MASKED)
   probs = jax.nn.softmax(scores, axis=-1)
   probs = jnp.where(visible, probs, 0.0).astype(v.dtype)
   return jnp.einsum("bkgtu,bukh->btkgh", probs, v).reshape(B, T, H, h)

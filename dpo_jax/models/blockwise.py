@@ -10,11 +10,19 @@ heads per kv head, u keys a block, h head dim; R = G q.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite: a row of it stays finite under softmax
+
+
+class Window(NamedTuple):
+  """What of its range of keys a query sees, by position and not by place."""
+
+  oldest: jax.Array  # i32[B T], the earliest position that a query sees
+  positions: jax.Array  # i32[B U], of the keys
 
 
 def blockwise_attention(
@@ -24,7 +32,9 @@ def blockwise_attention(
   key_start: jax.Array,
   key_end: jax.Array,
   *,
+  window: Window | None = None,
   scale: float,
+  cap: float | None = None,
   block: int = 128,
   key_block: int = 64,
 ) -> jax.Array:
@@ -46,15 +56,19 @@ def blockwise_attention(
   seen = end > start
   first = jnp.where(seen, start, U).min(axis=(1, 2)) // key_block
   last = -(-jnp.where(seen, end, 0).max(axis=(1, 2)) // key_block)
-  out = _attend(q, k, v, (start, end, first, last), scale)
+  oldest = at = None
+  if window is not None:
+    oldest = blocks(window.oldest, queries, block)
+    at = blocks(window.positions, keys, key_block)
+  out = _attend(q, k, v, ((start, end, oldest), (first, last), at), scale, cap)
   out = out.reshape(queries, B, K, G, block, h).transpose(1, 0, 4, 2, 3, 5)
   return out.reshape(B, queries * block, H, h)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, ranges, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, ranges, scale, cap):
   """q f[N B K R h], k and v f[. B K u h] -> f[N B K R h]."""
-  return _forward(q, k, v, ranges, scale)[0]
+  return _forward(q, k, v, ranges, scale, cap)[0]
 
 
 def _wide(x):
@@ -66,23 +80,32 @@ def _dot(spec, a, b):
   return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))
 
 
-def _scores(q, k, start, end, at, scale):
-  """f[B K R h], f[B K u h] -> f32[B K R u] of the keys from `at` on."""
-  scores = _dot("bkrh,bkuh->bkru", q, k) * scale
-  keys = at * k.shape[2] + jnp.arange(k.shape[2])
+def _scores(q, k, seen, at, j, scale, cap):
+  """f[B K R h] and key block j, f[B K u h], to scores f32[B K R u]; and to the
+  derivative of the cap, or 1."""
+  start, end, oldest = seen
+  scores, slope = _dot("bkrh,bkuh->bkru", q, k[j]) * scale, 1
+  if cap is not None:
+    bent = jnp.tanh(scores / cap)
+    scores, slope = cap * bent, 1 - bent * bent
+  keys = j * k.shape[3] + jnp.arange(k.shape[3])
   visible = (keys >= start[..., None]) & (keys < end[..., None])
+  if oldest is not None:
+    visible &= at[j][:, None] >= oldest[..., None]
   groups = q.shape[2] // start.shape[1]
   visible = jnp.tile(visible, (1, groups, 1))[:, None]
-  return jnp.where(visible, scores, MASKED)
+  return jnp.where(visible, scores, MASKED), slope
 
 
-def _forward(q, k, v, ranges, scale):
+def _forward(q, k, v, ranges, scale, cap):
+  seen, bounds, at = ranges
+
   def one_block(_, xs):
-    q, (start, end, first, last) = xs
+    q, seen, (first, last) = xs
 
     def add_keys(j, carry):
       top, total, out = carry
-      scores = _scores(q, k[j], start, end, j, scale)
+      scores, _ = _scores(q, k, seen, at, j, scale, cap)
       new_top = jnp.maximum(top, scores.max(axis=-1))
       probs = jnp.exp(scores - new_top[..., None])
       shrink = jnp.exp(top - new_top)
@@ -99,24 +122,25 @@ def _forward(q, k, v, ranges, scale):
     out = (out / total[..., None]).astype(q.dtype)
     return None, (out, top + jnp.log(total))
 
-  _, (out, lse) = jax.lax.scan(one_block, None, (q, ranges))
+  _, (out, lse) = jax.lax.scan(one_block, None, (q, seen, bounds))
   return out, (q, k, v, ranges, out, lse)
 
 
-def _backward(scale, residuals, g):
-  q, k, v, ranges, out, lse = residuals
+def _backward(scale, cap, residuals, g):
+  q, k, v, (seen, bounds, at), out, lse = residuals
   delta = (g.astype(_wide(g)) * out).sum(axis=-1)
 
   def one_block(carry, xs):
-    q, (start, end, first, last), lse, delta, g = xs
+    q, seen, (first, last), lse, delta, g = xs
 
     def add_keys(j, carry):
       dq, dk, dv = carry
-      scores = _scores(q, k[j], start, end, j, scale)
+      scores, slope = _scores(q, k, seen, at, j, scale, cap)
       probs = jnp.exp(scores - lse[..., None])
       dv = dv.at[j].add(_dot("bkru,bkrh->bkuh", probs.astype(g.dtype), g))
       dprobs = _dot("bkrh,bkuh->bkru", g, v[j])
-      dscores = (probs * (dprobs - delta[..., None]) * scale).astype(q.dtype)
+      dscores = probs * (dprobs - delta[..., None]) * slope * scale
+      dscores = dscores.astype(q.dtype)
       dq += _dot("bkru,bkuh->bkrh", dscores, k[j])
       dk = dk.at[j].add(_dot("bkru,bkrh->bkuh", dscores, q))
       return dq, dk, dv
@@ -126,7 +150,8 @@ def _backward(scale, residuals, g):
     return tuple(carry), dq.astype(q.dtype)
 
   zeros = jnp.zeros(k.shape, _wide(k)), jnp.zeros(v.shape, _wide(v))
-  (dk, dv), dq = jax.lax.scan(one_block, zeros, (q, ranges, lse, delta, g))
+  blocks = q, seen, bounds, lse, delta, g
+  (dk, dv), dq = jax.lax.scan(one_block, zeros, blocks)
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

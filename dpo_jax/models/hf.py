@@ -26,7 +26,10 @@ import safetensors.numpy
 from dpo_jax.errors import CheckpointError
 
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
-FAMILIES = {"llama": "dpo_jax.models.llama"}
+FAMILIES = {
+  name: f"dpo_jax.models.{name}"
+  for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Others are quantised: read as they stand, they would be another model.
@@ -60,7 +63,9 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     config = module.config_from_hf(hf)
     _check_types(config)
     return module, config
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  except (
+    ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+  ) as e:  # fmt: skip
     what = f"missing {e}" if isinstance(e, KeyError) else e
     raise CheckpointError(f"{file}: {what}") from e
   except CheckpointError as e:
@@ -192,6 +197,10 @@ def _check_types(config: Any) -> None:
   """JSON holds what it likes; the model needs sizes, factors and switches."""
   for field in dataclasses.fields(config):
     value, kind = getattr(config, field.name), field.type
+    if isinstance(kind, types.UnionType):  # or None
+      if value is None:
+        continue
+      kind = kind.__args__[0]
     if kind is float:
       fits = type(value) in (int, float) and 0 < value < math.inf
     else:

@@ -3,18 +3,24 @@
 Letters: B rows, T tokens, D width, H heads, K kv heads, h head dim, F ffn.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpo_jax.models.attention import attention
+from dpo_jax.models.blockwise import Window
 from dpo_jax.models.rope import apply_rope
 
 Dtype = Any
+ACTIVATIONS = {  # by the names of config.json
+  "silu": nn.silu,
+  "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 
 class RMSNorm(nn.Module):
@@ -22,14 +28,16 @@ class RMSNorm(nn.Module):
 
   epsilon: float
   param_dtype: Dtype = jnp.float32
+  plus_one: bool = False  # the weight is what the factor exceeds 1 by
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param(
-      "scale", nn.initializers.ones, x.shape[-1:], self.param_dtype
-    )
+    start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+    scale = self.param("scale", start, x.shape[-1:], self.param_dtype)
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    if self.plus_one:
+      scale = 1 + scale.astype(jnp.float32)  # 1 + a small bfloat16 rounds
     return (y * scale).astype(x.dtype)
 
 
@@ -71,8 +79,12 @@ class SelfAttention(nn.Module):
   heads: int
   kv_heads: int
   head_dim: int
-  freqs: tuple[float, ...]  # hashable form of rope_frequencies
-  use_bias: bool = False
+  use_bias: bool = False  # of q, k and v
+  output_bias: bool = False
+  # Given a name, a norm over each head of q and k.
+  make_norm: Callable[..., nn.Module] | None = None
+  scale: float | None = None
+  cap: float | None = None
   implementation: str = "blockwise"
   param_dtype: Dtype = jnp.float32
 
@@ -81,8 +93,10 @@ class SelfAttention(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
+    freqs: jax.Array,
     key_start: jax.Array,
     key_end: jax.Array,
+    window: Window | None = None,
     cache: tuple[jax.Array, jax.Array] | None = None,
     cache_index: jax.Array | int = 0,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -91,8 +105,10 @@ class SelfAttention(nn.Module):
     Args:
       x: f[B T D].
       positions: i32[B T].
+      freqs: f32[h / 2], as of `rope_frequencies`.
       key_start: i32[B T], indices into the row, or into the cache.
       key_end: i32[B T].
+      window: sees less of that range, by position; None: all of it.
       cache: keys and values f[B U K h] so far, or None.
       cache_index: where in the cache this row's T tokens belong.
 
@@ -106,30 +122,33 @@ class SelfAttention(nn.Module):
         self.param_dtype, name=name,
       )(x)  # fmt: skip
 
-    freqs = np.asarray(self.freqs, np.float32)
-    q = apply_rope(project("q", self.heads), positions, freqs)
-    k = apply_rope(project("k", self.kv_heads), positions, freqs)
+    q, k = project("q", self.heads), project("k", self.kv_heads)
     v = project("v", self.kv_heads)
+    if self.make_norm is not None:
+      q, k = self.make_norm(name="q_norm")(q), self.make_norm(name="k_norm")(k)
+    q, k = (apply_rope(x, positions, freqs) for x in (q, k))
     if cache is not None:
       at = (0, cache_index, 0, 0)
       k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
       v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
       cache = k, v
     y = attention(
-      q, k, v, key_start, key_end, implementation=self.implementation
-    )
+      q, k, v, key_start, key_end, window=window, scale=self.scale,
+      cap=self.cap, implementation=self.implementation,
+    )  # fmt: skip
     out = Projection(
-      (self.heads, self.head_dim), (self.width,), self.use_bias,
+      (self.heads, self.head_dim), (self.width,), self.output_bias,
       self.param_dtype, name="o",
     )(y)  # fmt: skip
     return out, cache
 
 
 class GatedMLP(nn.Module):
-  """down(silu(gate(x)) * up(x)); f[B T D] -> f[B T D]."""
+  """down(activation(gate(x)) * up(x)); f[B T D] -> f[B T D]."""
 
   width: int
   ffn: int
+  activation: str = "silu"  # one of ACTIVATIONS
   use_bias: bool = False
   param_dtype: Dtype = jnp.float32
 
@@ -140,4 +159,6 @@ class GatedMLP(nn.Module):
 
     gate = project("gate", self.width, self.ffn)(x)
     up = project("up", self.width, self.ffn)(x)
-    return project("down", self.ffn, self.width)(nn.silu(gate) * up)
+    return project("down", self.ffn, self.width)(
+      ACTIVATIONS[self.activation](gate) * up
+    )

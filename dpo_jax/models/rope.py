@@ -49,7 +49,7 @@ def rope_frequencies(
 
 
 def apply_rope(
-  x: jax.Array, positions: jax.Array, freqs: np.ndarray
+  x: jax.Array, positions: jax.Array, freqs: jax.Array
 ) -> jax.Array:
   """Rotates halves of each head (the convention of Hugging Face weights).
 
@@ -71,13 +71,23 @@ def rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
   """Base and scaling from a `config.json` of transformers 4 or 5.
 
   Version 5 nests all in `rope_parameters`; version 4 has `rope_theta` beside
-  `rope_scaling`, whose kind is under `rope_type` or, older, `type`.
+  `rope_scaling`, whose kind is under `rope_type` or, older, `type`. Where both
+  are, both versions read the older one.
 
   Raises:
     ValueError: a kind of scaling that is not known here; a guess would give a
       model that runs and is wrong.
   """
-  found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  for name, value in found.items():
+    if isinstance(value, dict):
+      raise ValueError(
+        f"rope parameters of {name!r} layers, in a family whose layers all"
+        " have the same"
+      )
+  part = found.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+  if part not in (None, 1):
+    raise ValueError(f"partial_rotary_factor={part}; only 1 is supported")
   theta = float(found.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
   kind = found.get("rope_type") or found.get("type") or "default"
   if kind not in ("default", "linear", "llama3"):

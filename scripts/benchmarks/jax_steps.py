@@ -27,7 +27,7 @@ Pause = Callable[[dict[str, Any]], None]
 
 def ours(problem: Problem, path: str, pause: Pause) -> None:
   """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs."""
-  model = llama.Llama(problem.model_config())
+  model = llama.Model(problem.model_config())
   step = functools.partial(
     train_step,
     score=make_score(model),
@@ -45,7 +45,7 @@ def concat(
   the batch axis, plain causal attention, float32 logits of every position;
   the reference's forward in the same program."""
   compute = llama.Compute(attention=attention)
-  model = llama.Llama(problem.model_config(), compute)
+  model = llama.Model(problem.model_config(), compute)
   tx = _optimizer(problem)
 
   def logps(variables, tokens):

@@ -66,7 +66,7 @@ class Problem:
     from dpo_jax.models import hf, llama
 
     config = self.model_config()
-    init = jax.jit(llama.Llama(config).init_variables)
+    init = jax.jit(llama.Model(config).init_variables)
     hf.save_checkpoint(path, llama, config, init(jax.random.key(self.seed)))
 
 
@@ -101,7 +101,7 @@ def state_and_reference(problem: Problem, path: str, tx):
   from dpo_jax.models import hf, llama
   from dpo_jax.train_step import TrainState
 
-  model = llama.Llama(problem.model_config())
+  model = llama.Model(problem.model_config())
   abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import losses
+from dpo_jax.logps import capped
 from dpo_jax.models import hf
 
 WHY = "parity tests need requirements-parity.txt"
@@ -35,11 +36,12 @@ def rng():
   return np.random.default_rng(SEED)
 
 
-def hf_config(rng, **changes):
-  """A tiny `transformers.LlamaConfig`."""
+def hf_config(rng, family="llama", **changes):
+  """A tiny config of transformers, of any family."""
   import transformers
 
-  return transformers.LlamaConfig(
+  return transformers.AutoConfig.for_model(
+    family,
     **{
       "vocab_size": int(rng.integers(50, 90)),
       "hidden_size": 32,
@@ -53,7 +55,7 @@ def hf_config(rng, **changes):
       "bos_token_id": 1,
       "eos_token_id": 2,
     }
-    | changes
+    | changes,
   )
 
 
@@ -62,11 +64,14 @@ def hf_model(config):
   import torch
   import transformers
 
-  model = transformers.LlamaForCausalLM(config).eval()
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, attn_implementation="eager"
+  ).eval()
+  one = 0.0 if "gemma" in config.model_type else 1.0  # it adds the 1
   with torch.no_grad():
     for name, p in model.named_parameters():
       if p.ndim == 1:
-        p.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        p.normal_(one if "norm" in name else 0.0, 0.2)
   return model
 
 
@@ -85,7 +90,7 @@ def our_logits(model, variables, ids):
   """i64[B T] -> f32[B T V]."""
   index = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
   hidden = model.apply(variables, ids, index, index * 0, index + 1)
-  return hidden @ model.unembed(variables).T
+  return capped(hidden @ model.unembed(variables).T, model.logit_cap)
 
 
 def their_logits(model, ids):

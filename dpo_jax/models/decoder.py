@@ -1,0 +1,275 @@
+"""The decoder that all families are: their Configs say what differs.
+
+Layers are stacked along a leading axis of every weight and run by one scan, so
+the program has one layer's size whatever the depth. What differs between layers
+and is no weight, a window or a rotary base, is chosen inside the scan.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import IMPLEMENTATIONS
+from dpo_jax.models.blockwise import Window
+from dpo_jax.models.layers import (
+  ACTIVATIONS,
+  GatedMLP,
+  RMSNorm,
+  SelfAttention,
+)
+from dpo_jax.models.rope import RopeScaling, rope_frequencies
+
+Cache = tuple[jax.Array, jax.Array]
+REMAT = ("none", "block")
+_EVERYTHING = -(2**30)  # the oldest position that a global layer sees
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shape of the model. Defaults other than sizes are Llama 2's; a family's
+  own Config has other defaults and no other fields."""
+
+  vocab_size: int
+  width: int
+  ffn: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  max_length: int = 2048
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  norm_epsilon: float = 1e-5
+  tied: bool = False
+  attention_bias: bool = False  # of q, k, v and o
+  mlp_bias: bool = False
+  qkv_bias: bool = False  # of q, k and v alone
+  activation: str = "silu"
+  qk_norm: bool = False  # each head's query and key, before the rotation
+  # A local layer sees `window` tokens: itself and those just before.
+  window: int | None = None
+  local: tuple[bool, ...] = (False,)  # repeated until there is one per layer
+  local_rope_theta: float | None = None  # of local layers; None: as the others
+  local_rope_scaling: RopeScaling = RopeScaling()  # where theta is not None
+  query_scalar: float | None = None  # scores / sqrt of it; None: head_dim
+  attention_cap: float | None = None  # scores to cap * tanh(scores / cap)
+  logit_cap: float | None = None  # logits likewise
+  norm_plus_one: bool = False  # norms multiply by 1 + scale
+  post_norms: bool = False  # norms also after attention and after the MLP
+  scaled_embed: bool = False  # embeddings times sqrt(width)
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f"heads={self.heads} should be a multiple of kv_heads={self.kv_heads}"
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} should be even")
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(
+        f"activation={self.activation!r} should be one of {tuple(ACTIVATIONS)}"
+      )
+    local = tuple(self.local[i % len(self.local)] for i in range(self.layers))
+    # Equal models are to have equal Configs, however these were written.
+    object.__setattr__(self, "local", local)
+    if self.query_scalar is None:
+      object.__setattr__(self, "query_scalar", self.head_dim)
+    if any(local) and self.window is None:
+      raise ValueError("layers with a sliding window, and window=None")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How the model runs; changes speed and rounding, never its meaning."""
+
+  dtype: Any = jnp.float32  # of activations
+  param_dtype: Any = jnp.float32  # of the weights that are trained
+  remat: str = "none"  # "block": keep only each block's input for the backward
+  attention: str = "blockwise"
+  # Pins a layer's activations f[B T D] and its weights (a dict of arrays
+  # without the layer axis) to the mesh; see sharding.py.
+  pin_activations: Callable[[jax.Array], jax.Array] = lambda x: x
+  pin_weights: Callable[[Any], Any] = lambda w: w
+
+  def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ValueError(f"remat={self.remat!r} should be one of {REMAT}")
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(
+        f"attention={self.attention!r} should be one of {IMPLEMENTATIONS}"
+      )
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP, each added to the residual stream."""
+
+  config: Config
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self, x, positions, freqs, key_start, key_end, window, cache, cache_index
+  ):
+    c, dtype = self.config, self.compute.param_dtype
+    norm = functools.partial(RMSNorm, c.norm_epsilon, dtype, c.norm_plus_one)
+    y = norm(name="attention_norm")(x)
+    attention = SelfAttention(
+      c.width, c.heads, c.kv_heads, c.head_dim,
+      use_bias=c.attention_bias or c.qkv_bias,
+      output_bias=c.attention_bias,
+      make_norm=norm if c.qk_norm else None,
+      scale=c.query_scalar**-0.5,
+      cap=c.attention_cap,
+      implementation=self.compute.attention,
+      param_dtype=dtype,
+      name="attention",
+    )  # fmt: skip
+    y, cache = attention(
+      y, positions, freqs, key_start, key_end, window, cache, cache_index
+    )
+    x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
+    y = norm(name="mlp_norm")(x)
+    y = GatedMLP(c.width, c.ffn, c.activation, c.mlp_bias, dtype, name="mlp")(y)
+    x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
+    return x, cache
+
+
+class Decoder(nn.Module):
+  """Tokens to the hidden states that `unembed` turns into logits."""
+
+  config: Config
+  compute: Compute = Compute()
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    key_start: jax.Array,
+    key_end: jax.Array,
+    cache: Cache | None = None,
+    cache_index: jax.Array | int = 0,
+  ) -> jax.Array | tuple[jax.Array, Cache]:
+    """Runs the decoder.
+
+    Args:
+      tokens: i32[B T].
+      positions: i32[B T], rotary positions.
+      key_start: i32[B T], first key each token sees (row index, or cache
+        index when there is a cache). With a cache it is one number per row,
+        where position 0 lies.
+      key_end: i32[B T], one past the last.
+      cache: f[L B U K h] keys and values of earlier tokens; None to train.
+      cache_index: where in the cache these tokens go.
+
+    Returns:
+      f[B T D], normalised; with a cache also the cache, these tokens added.
+    """
+    c, compute = self.config, self.compute
+    embed = self.param(
+      "embed",
+      nn.initializers.normal(0.02),
+      (c.vocab_size, c.width),
+      compute.param_dtype,
+    )
+    block = Block(c, compute, parent=None)
+    layers = self.param("layers", functools.partial(_init_layers, block))
+    if not c.tied:
+      self.param(
+        "unembed",
+        nn.initializers.normal(0.02),
+        (c.vocab_size, c.width),
+        compute.param_dtype,
+      )
+    pin = compute.pin_activations
+    table = compute.pin_weights({"embed": embed})["embed"]
+    x = pin(table[tokens].astype(compute.dtype))
+    if c.scaled_embed:  # rounded to the compute dtype, as weights were trained
+      x *= jnp.asarray(math.sqrt(c.width), x.dtype)
+    window = _window(c, positions, key_start, cache)
+
+    def one_layer(x, layer):
+      weights, local, cache = layer
+      freqs, seen = _of_layer(c, local, window)
+      x, cache = block.apply(
+        {"params": compute.pin_weights(weights)},
+        x, positions, freqs, key_start, key_end, seen, cache, cache_index,
+      )  # fmt: skip
+      return pin(x), cache
+
+    if compute.remat == "block":
+      one_layer = jax.checkpoint(one_layer)
+    x, new_cache = jax.lax.scan(
+      one_layer, x, (layers, jnp.asarray(c.local), cache)
+    )
+    norm = RMSNorm(
+      c.norm_epsilon, compute.param_dtype, c.norm_plus_one, name="norm"
+    )
+    return norm(x) if cache is None else (norm(x), new_cache)
+
+  @property
+  def logit_cap(self) -> float | None:
+    """Logits are cap * tanh(hidden @ unembed.T / cap); None: as they are."""
+    return self.config.logit_cap
+
+  @nn.nowrap
+  def unembed(self, variables: Any) -> jax.Array:
+    """The output embedding, f[V D] in the compute dtype."""
+    params = variables["params"]
+    head = params["embed" if self.config.tied else "unembed"]
+    return head.astype(self.compute.dtype)
+
+  @nn.nowrap
+  def init_variables(self, rng: jax.Array) -> Any:
+    """Random weights, `{"params": ...}`."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return self.init(rng, one, one, one, one + 1)
+
+  @nn.nowrap
+  def empty_cache(self, rows: int, length: int) -> Cache:
+    """Keys and values of nothing yet, for `rows` rows of `length` tokens."""
+    c = self.config
+    shape = (c.layers, rows, length, c.kv_heads, c.head_dim)
+    return (jnp.zeros(shape, self.compute.dtype),) * 2
+
+
+def _init_layers(block: Block, rng: jax.Array) -> Any:
+  x = jnp.zeros((1, 1, block.config.width), block.compute.dtype)
+  one = jnp.zeros((1, 1), jnp.int32)
+  freqs = jnp.zeros(block.config.head_dim // 2)
+
+  def init(rng):
+    return block.init(rng, x, one, freqs, one, one + 1, None, None, 0)["params"]
+
+  return jax.vmap(init)(jax.random.split(rng, block.config.layers))
+
+
+def _window(c, positions, key_start, cache):
+  """What local layers see, or None where no row is longer than the window."""
+  keys = positions.shape[1] if cache is None else cache[0].shape[2]
+  if not any(c.local) or keys <= c.window:
+    return None
+  at = positions
+  if cache is not None:
+    at = jnp.arange(keys, dtype=positions.dtype) - key_start[:, :1]
+  return Window(positions - c.window + 1, at)
+
+
+def _of_layer(c, local, window):
+  """Rotary frequencies f32[h / 2] and window of a layer; `local` is traced."""
+  freqs = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+  if c.local_rope_theta is not None:
+    near = rope_frequencies(
+      c.head_dim, c.local_rope_theta, c.local_rope_scaling
+    )
+    freqs = jnp.where(local, near, freqs)
+  if window is not None and not all(c.local):
+    oldest = jnp.where(local, window.oldest, _EVERYTHING)
+    window = window._replace(oldest=oldest)
+  return freqs, window
