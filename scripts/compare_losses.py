@@ -85,7 +85,7 @@ def _write(workdir: pathlib.Path, rows: list) -> None:
       base=lambda r: r.reward,
     ),
     comparison.Panel(
-      "KL to SFT", "nats a response", lambda r: r.kl
+      "KL to SFT", "nats a response", lambda r: r.kl, log=True
     ),
     comparison.Panel(
       "Accuracy", "share of held-out pairs in order", lambda r: r.accuracy,
@@ -94,7 +94,7 @@ def _write(workdir: pathlib.Path, rows: list) -> None:
     comparison.Panel(
       "Change of log-probs", "nats; chosen blue, rejected orange",
       lambda r: r.chosen, second=lambda r: r.rejected,
-      base=lambda r: r.chosen,
+      base=lambda r: r.chosen, log=True,
     ),
   ]  # fmt: skip
   table = comparison.markdown(rows, columns)

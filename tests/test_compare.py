@@ -143,6 +143,25 @@ def test_the_picture_has_a_dot_for_every_number_in_its_place():
   assert float(dpo.get("cy")) > float(first.get("cy"))
 
 
+def test_far_values_do_not_crowd_the_near_ones():
+  rows = [SOME[0]._replace(kl=k) for k in (0.0, 1.0, 2.0, -50.0, 90.0)]
+  plots = {
+    log: comparison.dot_plot(
+      rows, [comparison.Panel("KL", "nats", lambda r: r.kl, log=log)], "t"
+    )
+    for log in (False, True)
+  }
+  at = {
+    log: [float(d.get("cx")) for d in ET.fromstring(svg).iter(f"{SVG}circle")]
+    for log, svg in plots.items()
+  }
+  for x in at.values():  # in order, whatever the scale
+    assert x[3] < x[0] < x[1] < x[2] < x[4]
+  assert at[True][2] - at[True][1] > 4 * (at[False][2] - at[False][1])
+  labels = [x.text for x in ET.fromstring(plots[True]).iter(f"{SVG}text")]
+  assert {"−100", "−1", "0", "3", "100"} <= set(labels)
+
+
 def test_a_picture_of_one_value_everywhere_is_no_error():
   panel = comparison.Panel("KL", "nats", lambda r: 0.0)
   ET.fromstring(comparison.dot_plot(SOME[:1], [panel], "t"))

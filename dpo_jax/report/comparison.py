@@ -30,6 +30,7 @@ class Panel(NamedTuple):
   second: Callable[[Any], float] | None = None
   error: Callable[[Any], float] | None = None
   base: Callable[[Any], float] | None = None  # of the first row: a dashed line
+  log: bool = False  # far values drawn together: by asinh, linear around 0
 
 
 def markdown(
@@ -75,18 +76,15 @@ def dot_plot(rows: Sequence[Any], panels: Sequence[Panel], title: str) -> str:
 
 def _panel(rows, panel: Panel, left: float) -> str:
   finite = [v for row in rows for v in _reach(row, panel)] or [0.0]
-  low, high = min(0.0, *finite), max(0.0, *finite)
-  if low == high:
-    high = low + 1
-  step = t.round_step(low, high, 4)
-  low, high = step * math.floor(low / step), step * math.ceil(high / step)
-  at = lambda v: left + (v - low) / (high - low) * (_PANEL - 16)
+  marks = _axis(min(0.0, *finite), max(0.0, *finite), panel.log)
+  place = math.asinh if panel.log else float
+  first, last = place(marks[0]), place(marks[-1])
+  at = lambda v: left + (place(v) - first) / (last - first) * (_PANEL - 16)
   bottom = _TOP + _ROW * len(rows)
   out = [
     f'<text class="t" x="{left}" y="20">{escape(panel.title)}</text>',
     f'<text class="m" x="{left}" y="37">{escape(panel.unit)}</text>',
   ]
-  marks = t.ticks(low, high, step)
   for v, label in zip(marks, t.format_ticks(marks), strict=True):
     out.append(
       f'<path class="grid" d="M{at(v):.1f} {_TOP}V{bottom}"/>'
@@ -99,6 +97,20 @@ def _panel(rows, panel: Panel, left: float) -> str:
   for i, row in enumerate(rows):
     out.append(_marks(row, panel, at, _TOP + _ROW * i + _ROW / 2))
   return "".join(out)
+
+
+def _axis(low: float, high: float, log: bool) -> list[float]:
+  """Ticks of an axis, which begins and ends with one."""
+  if low == high:
+    high = low + 1
+  if log:
+    steps = [0.0, *(m * 10.0**k for k in range(9) for m in (1, 3))]
+    below = next(i for i, s in enumerate(steps) if -s <= low)
+    above = next(i for i, s in enumerate(steps) if s >= high)
+    return [-s for s in steps[below:0:-1]] + steps[: above + 1]
+  step = t.round_step(low, high, 4)
+  low, high = step * math.floor(low / step), step * math.ceil(high / step)
+  return t.ticks(low, high, step)
 
 
 def _reach(row, panel: Panel) -> list[float]:
