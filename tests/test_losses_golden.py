@@ -388,7 +388,7 @@ def parts_of(model, tokens, squares, mask, sides=("chosen", "rejected")):
       inputs[f"{model}_{side}_tail_logps"] = losses.tail_logps(
         tokens[i], mask[i], other
       )
-    if model == "policy":
+    if model == "policy" and side != "gold":
       inputs[f"{side}_confidence"] = losses.confidence(
         tokens[i], squares[i], mask[i]
       )
@@ -437,7 +437,7 @@ def test_likelihoods_beside_a_preference_from_logits(entry):
   def mean(logits):
     inputs = parts_of("policy", *score_logits(logits, ids), mask, sides)
     zeros = jnp.zeros_like(inputs["policy_chosen_logps"])
-    inputs |= {f"reference_{side}_logps": zeros for side in sides}
+    inputs |= {f"reference_{side}_logps": zeros for side in sides[:2]}
     result = loss(**inputs)
     imitated = sides[-1] if len(sides) == 3 else "chosen"
     nll = losses.sft(

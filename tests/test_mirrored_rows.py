@@ -405,16 +405,12 @@ def test_a_pair_does_not_see_its_neighbours():
 # log 2
 
 
-class Distances:
-  """DPO, and how far each log-ratio is from 0: a sum of which is 0 only where
-  every one is."""
-
-  dpo = losses.make("dpo")
-  needs, needs_reference = dpo.needs, dpo.needs_reference
-  batch_coupled, wpo = dpo.batch_coupled, dpo.wpo
+class Distances(losses.Loss):
+  """And how far each log-ratio is from 0: a sum of which is 0 only where every
+  one is."""
 
   def __call__(self, **x):
-    out = self.dpo(**x)
+    out = super().__call__(**x)
     far = sum(
       jnp.abs(x[f"policy_{s}_logps"] - x[f"reference_{s}_logps"])
       for s in ("chosen", "rejected")
@@ -459,7 +455,7 @@ def test_a_policy_that_is_its_reference_loses_log_2_to_the_last_bit(
     functools.partial(
       train_step,
       score=score.make_score(make_model(attention=how, remat=remat), tile=64),
-      loss=Distances(),
+      loss=Distances(losses.make("dpo").terms),
       tx=optax.sgd(0.0),
       microbatches=microbatches,
     )
@@ -482,7 +478,7 @@ def test_evaluation_at_the_reference_is_log_2_to_the_last_bit():
     functools.partial(
       evaluate_step,
       score=score.make_score(make_model(), tile=64),
-      loss=Distances(),
+      loss=Distances(losses.make("dpo").terms),
     )
   )
   for batch in many_batches():
