@@ -7,6 +7,9 @@ own (`test_train_step.py`), so that all other tests see what a user sees.
 import pathlib
 import sys
 
+import jax
+import pytest
+
 _ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
   sys.path.insert(0, _ROOT)
@@ -17,3 +20,11 @@ def pytest_configure(config):
   config.addinivalue_line(
     "filterwarnings", "error:.*Explicitly requested dtype.*:UserWarning"
   )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Thousands of compiled programs at a time are more memory maps than a
+  process may have, and the compiler then ends it."""
+  yield
+  jax.clear_caches()
