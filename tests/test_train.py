@@ -377,7 +377,10 @@ def test_a_reference_that_is_copied_each_step_keeps_the_margin_at_0(
       {"reference.precompute": True, "reference.sync_every": 2},
       ["sync_every", "precompute"],
     ),
-    ({"loss.name": "bco", "reference.precompute": True}, ["unpaired"]),
+    (
+      {"loss.name": "kto", "reference.precompute": True},
+      ["'kto'", "mismatched"],
+    ),
     ({"loss.name": "tpo"}, ["kind 'ranked' takes ranked"]),
     ({"reference.sync_mixup": 1.5}, ["reference.sync_mixup=1.5", "[0, 1]"]),
   ],
@@ -406,8 +409,13 @@ def test_three_ranked_responses_are_asked_for_where_they_are_needed(
   Run(_config(corpus, **changes, **{"loss.name": "plackett_luce"}))
 
 
-def test_a_known_reference_serves_the_modifiers_too(corpus, tmp_path):
-  changes = {"loss.ld_alpha": 0.3, "sample.prompts": 0, "train.export": False}
+@pytest.mark.parametrize(
+  "loss",
+  [{"loss.ld_alpha": 0.3}, {"loss.name": "bco"}],
+  ids=["tails", "labels"],
+)
+def test_a_known_reference_serves_other_losses_too(corpus, tmp_path, loss):
+  changes = {"sample.prompts": 0, "train.export": False} | loss
   results = {}
   for known in (False, True):
     config = _config(corpus, **changes, **{"reference.precompute": known})
