@@ -27,7 +27,7 @@ def f_divergence(
 ) -> jax.Array:
   """D_f(pi || ref) = sum_y ref f(pi / ref), f[X Y] -> f[X].
 
-  f is that of Wang et al. 2023 (2309.16240), table 1, and f(1) = 0;
+  f is that of Wang et al. 2023 (2309.16240), and f(1) = 0;
   `losses.divergence_score` is its derivative. alpha lies in (0, 1).
 
   Raises:

@@ -131,7 +131,10 @@ def _counts(loss: losses.Loss, batch: Batch) -> jax.Array:
   else is computed here the compiler drops."""
   zeros = jnp.zeros(batch.lengths.shape, jnp.float32)
   nothing = Scores(zeros, zeros, zeros)
-  inputs = loss_inputs(nothing, nothing, batch, gold=loss.responses > 2)
+  inputs = loss_inputs(
+    nothing, nothing, batch,
+    state=loss.initial_state(), gold=loss.responses > 2,
+  )  # fmt: skip
   out = loss(**inputs)
   return jnp.maximum(losses.reduce(out, batch.weights)["loss"].count, 1.0)
 
@@ -192,6 +195,9 @@ def evaluate_step(
 ) -> tuple[Sums, Scores, Scores | None]:
   """Loss and metrics of a batch without an update.
 
+  A loss that carries state reads `loss_state`, or its first one for None, and
+  leaves it as it is.
+
   Returns:
     Sums as `train_step` gives them, and the scores f32[B M K] of policy and
     reference (None without one).
@@ -200,6 +206,8 @@ def evaluate_step(
   known = batch.reference
   if known is None and reference is not None:
     known = score(reference, batch, tails=loss.reads_tails)
+  if loss_state is None:
+    loss_state = loss.initial_state()
   inputs = loss_inputs(
     policy, known, batch,
     state=loss_state, training=False, gold=loss.responses > 2,

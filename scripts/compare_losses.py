@@ -1,6 +1,6 @@
 """Every loss on one task, from one SFT checkpoint, at one budget.
 
-  python scripts/compare_losses.py                    # all, about 20 minutes
+  python scripts/compare_losses.py                    # all, about half an hour
   python scripts/compare_losses.py --losses=dpo,ipo,kto,orpo
 
 Writes the quickstart's corpus, fine-tunes its model, trains each loss on from

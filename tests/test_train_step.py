@@ -217,6 +217,26 @@ def test_bco_carries_its_rewards_from_step_to_step():
     assert state.loss_state.desirable.count == np.concatenate(liked).sum()
 
 
+def test_a_state_of_ones_own_is_never_none_in_a_step(monkeypatch):
+  monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+  @losses.register(state=lambda: jnp.zeros(()))
+  def counting(policy_chosen_logps, weights, state):
+    seen = state + weights.sum()
+    return losses.LossOutput(
+      -policy_chosen_logps, {"seen": 0 * weights + seen}, state=seen
+    )
+
+  loss, batch, there = losses.make("counting"), make_batch(), 0
+  state, step = make_state(TX, loss=loss), quick_jit(make_step(loss))
+  for _ in range(2):
+    state, sums = step(state, None, batch)
+    there += batch.weights.sum()
+    assert sums["seen"].mean() == state.loss_state == there
+  fresh, *_ = evaluate_step(state.params, None, batch, score=SCORE, loss=loss)
+  assert fresh["seen"].mean() == batch.weights.sum()
+
+
 def test_an_update_that_is_not_finite_leaves_the_state_of_the_loss():
   loss, batch = losses.make("bco"), make_batch("unpaired")
   known = np.full(batch.lengths.shape, np.inf, np.float32)

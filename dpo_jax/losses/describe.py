@@ -52,7 +52,7 @@ def _reads(loss: Loss) -> str:
   parts = {
     "reference": loss.needs_reference,
     "lengths": any(n.endswith("_lengths") for n in loss.needs),
-    "mismatched completions": "policy_kl_logps" in loss.needs,
+    "mismatched completions": loss.mismatches,
     "a third response": "policy_gold_logps" in loss.needs,
     "scores": loss.needs_scores,
     "whole batch": loss.batch_coupled,

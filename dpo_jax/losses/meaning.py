@@ -28,9 +28,8 @@ def check_meaning(loss: Loss) -> Loss:
   about_pairs = [t for t in loss.terms if t.kind != "sft"]
   _check_divergence(loss, about_pairs)
   _check_pair_modifiers(loss, about_pairs)
-  out = jax.eval_shape(
-    lambda inputs: loss(**inputs, training=True), registry.abstract_inputs()
-  )
+  inputs = registry.abstract_inputs() | {"state": loss.initial_state()}
+  out = jax.eval_shape(lambda inputs: loss(**inputs, training=True), inputs)
   if out.loss.shape != (1,):
     raise ValueError(
       f"loss {loss.name!r} should have one entry an example; for one example it"
