@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from dpo_jax.errors import CheckpointError
+from dpo_jax.models import layout
 
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
 FAMILIES = {
@@ -237,9 +239,10 @@ def _open_files(path, stack) -> dict[str, Any]:
 
 
 def _compare(path, leaves, names, files) -> None:
-  layers = {leaf.shape[0] for p, leaf in leaves.items() if "{}" in names[p]}
   wanted = {
-    names[p].format(i) for p in leaves for i in range(max(layers, default=1))
+    names[p].format(*index)
+    for p, leaf in leaves.items()
+    for index in layout.indices(names[p], leaf.shape)
   }
   # Some writers store buffers, or the tied output embedding, once more.
   harmless = {names["unembed"]}
@@ -259,8 +262,8 @@ def _some(names: set[str]) -> str:
 
 
 def _reader(path, ours, name, leaf, files):
-  stacked = "{}" in name
-  one = leaf.shape[1:] if stacked else leaf.shape
+  stacked = layout.stacked_axes(name)
+  one = leaf.shape[stacked:]
 
   def tensor(name):
     kind = files[name].get_slice(name).get_dtype()
@@ -269,44 +272,36 @@ def _reader(path, ours, name, leaf, files):
         f"{path}: {name} is of type {kind}, expected one of {_FLOATS}"
       )
     array = files[name].get_tensor(name)
-    expected = _hf_shape(ours, one)
+    expected = layout.hf_shape(ours, one)
     if array.shape != expected:
       raise CheckpointError(
         f"{path}: {name} has shape {list(array.shape)}, the config asks for"
         f" {list(expected)}"
       )
-    if len(expected) > 1 and ours.endswith("kernel"):
-      array = array.T
-    return array.reshape(one).astype(leaf.dtype)
+    return layout.from_hf(ours, array, one).astype(leaf.dtype)
 
   def read(index):
     if not stacked:
       return tensor(name)[index]
-    chosen = range(leaf.shape[0])[index[0]]
-    return np.stack([tensor(name.format(i))[index[1:]] for i in chosen])
+    chosen = [
+      range(n)[i] for n, i in zip(leaf.shape[:stacked], index[:stacked])
+    ]
+    parts = [
+      tensor(name.format(*i))[index[stacked:]]
+      for i in itertools.product(*chosen)
+    ]
+    return np.stack(parts).reshape(*map(len, chosen), *parts[0].shape)
 
   return read
-
-
-def _hf_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """[in..., out...] here is the matrix [out, in] there."""
-  if not ours.endswith("kernel"):
-    return (math.prod(shape),) if ours.endswith("bias") else shape
-  inputs = 2 if ours.endswith("/o/kernel") else 1
-  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
 
 def _hf_tensors(module, variables):
   """Yields (their name, their tensor), one tensor on the host at a time."""
   for ours, leaf in traverse.flatten_dict(variables["params"], sep="/").items():
     name = module.HF_NAMES[ours]
-    layers = range(leaf.shape[0]) if "{}" in name else [None]
-    for i in layers:
-      array = _to_host(leaf if i is None else leaf[i])
-      shape = _hf_shape(ours, array.shape)
-      if ours.endswith("kernel"):
-        array = array.reshape(shape[::-1]).T
-      yield name.format(i), np.ascontiguousarray(array.reshape(shape))
+    for index in layout.indices(name, leaf.shape):
+      part = _to_host(leaf[index] if index else leaf)
+      yield name.format(*index), layout.to_hf(ours, part)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

@@ -1,0 +1,55 @@
+"""How one weight of ours lies in a Hugging Face checkpoint.
+
+Weights of all layers are one leaf here, stacked along leading axes; there each
+layer (and each expert of it) has a tensor of its own, whose name counts. A
+kernel [in..., out...] here is a matrix [out, in] there.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def input_axes(path: str) -> int:
+  """How many axes of a kernel, the stacked ones aside, are its input."""
+  return 2 if path.endswith("attention/o/kernel") else 1
+
+
+def stacked_axes(name: str) -> int:
+  """How many leading axes of ours a name of theirs counts with its `{}`."""
+  return name.count("{}")
+
+
+def indices(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+  """Every index of the stacked axes: `name.format(*index)` is a tensor of
+  theirs, `leaf[index]` the part of ours."""
+  return itertools.product(*map(range, shape[: stacked_axes(name)]))
+
+
+def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape of their tensor for a part of ours."""
+  if path.endswith("bias"):
+    return (math.prod(shape),)
+  if not path.endswith("kernel"):
+    return shape
+  inputs = input_axes(path)
+  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def to_hf(path: str, part: np.ndarray) -> np.ndarray:
+  """A part of ours as their tensor."""
+  shape = hf_shape(path, part.shape)
+  if path.endswith("kernel"):
+    part = part.reshape(shape[::-1]).T
+  return np.ascontiguousarray(part.reshape(shape))
+
+
+def from_hf(
+  path: str, tensor: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+  """Their tensor as a part of ours, of that shape."""
+  if path.endswith("kernel"):
+    tensor = tensor.T
+  return tensor.reshape(shape)
