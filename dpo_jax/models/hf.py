@@ -32,6 +32,7 @@ FAMILIES = {
   name: f"dpo_jax.models.{name}"
   for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 }
+Transform = Callable[[str, tuple[int, ...], np.ndarray], np.ndarray]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Others are quantised: read as they stand, they would be another model.
@@ -59,7 +60,7 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     CheckpointError: no folder, no config, or one that does not fit the family.
   """
   file = pathlib.Path(path) / "config.json"
-  hf = _read_object(file)
+  hf = read_object(file)
   try:
     module = family(hf.get("model_type", "?"))
     config = module.config_from_hf(hf)
@@ -129,6 +130,7 @@ def save_checkpoint(
   *,
   max_shard_bytes: int = 5 * 2**30,
   save_tokenizer: Callable[[str], None] | None = None,
+  transform: Transform = lambda path, index, part: part,
 ) -> None:
   """Writes a folder that transformers, vLLM and this package load as it is.
 
@@ -142,6 +144,8 @@ def save_checkpoint(
     variables: `{"params": ...}`, sharded or not.
     max_shard_bytes: start another safetensors file beyond this size.
     save_tokenizer: called with the folder to add tokenizer files.
+    transform: what to write of (our path, index of the stacked axes, part of
+      ours on the host).
   """
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
@@ -150,7 +154,8 @@ def save_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
   try:
-    _write_folder(part, module, config, variables, max_shard_bytes, writes)
+    tensors = _hf_tensors(module, variables, transform)
+    _write_folder(part, module, config, tensors, max_shard_bytes, writes)
     if writes and save_tokenizer:
       save_tokenizer(str(part))
   except BaseException:
@@ -162,9 +167,9 @@ def save_checkpoint(
     part.rename(path)
 
 
-def _write_folder(part, module, config, variables, max_shard_bytes, writes):
+def _write_folder(part, module, config, tensors, max_shard_bytes, writes):
   shards, shard, size, dtype = [], {}, 0, "float32"
-  for name, tensor in _hf_tensors(module, variables):
+  for name, tensor in tensors:
     dtype = str(tensor.dtype)
     if size and size + tensor.nbytes > max_shard_bytes:
       shards.append(_write_shard(part, len(shards), shard) if writes else {})
@@ -180,7 +185,12 @@ def _write_folder(part, module, config, variables, max_shard_bytes, writes):
   (part / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+  """A JSON file that holds an object.
+
+  Raises:
+    CheckpointError: there is none.
+  """
   try:
     value = json.loads(file.read_text(encoding="utf-8"))
   except OSError as e:
@@ -219,7 +229,7 @@ def _open_files(path, stack) -> dict[str, Any]:
   index = path / _INDEX
   shards = [_SINGLE]
   if index.exists():
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
       raise CheckpointError(f"{index}: expected an object 'weight_map'")
     shards = sorted({*map(str, weight_map.values())})
@@ -295,12 +305,13 @@ def _reader(path, ours, name, leaf, files):
   return read
 
 
-def _hf_tensors(module, variables):
+def _hf_tensors(module, variables, transform):
   """Yields (their name, their tensor), one tensor on the host at a time."""
   for ours, leaf in traverse.flatten_dict(variables["params"], sep="/").items():
     name = module.HF_NAMES[ours]
     for index in layout.indices(name, leaf.shape):
       part = _to_host(leaf[index] if index else leaf)
+      part = transform(ours, index, part)
       yield name.format(*index), layout.to_hf(ours, part)
 
 

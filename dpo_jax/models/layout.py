@@ -2,7 +2,8 @@
 
 Weights of all layers are one leaf here, stacked along leading axes; there each
 layer (and each expert of it) has a tensor of its own, whose name counts. A
-kernel [in..., out...] here is a matrix [out, in] there.
+kernel [in..., out...] here is a matrix [out, in] there; so are an adapter's `a`
+[in..., R] and `b` [R, out...].
 """
 
 import itertools
@@ -13,8 +14,13 @@ import numpy as np
 
 
 def input_axes(path: str) -> int:
-  """How many axes of a kernel, the stacked ones aside, are its input."""
-  return 2 if path.endswith("attention/o/kernel") else 1
+  """How many axes of a matrix, the stacked ones aside, are its input."""
+  return 2 if path.endswith(("attention/o/kernel", "attention/o/a")) else 1
+
+
+def is_matrix(path: str) -> bool:
+  """Whether a weight is a matrix [out, in] there, whatever its axes here."""
+  return path.endswith(("/kernel", "/a", "/b"))
 
 
 def stacked_axes(name: str) -> int:
@@ -32,7 +38,7 @@ def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of their tensor for a part of ours."""
   if path.endswith("bias"):
     return (math.prod(shape),)
-  if not path.endswith("kernel"):
+  if not is_matrix(path):
     return shape
   inputs = input_axes(path)
   return math.prod(shape[inputs:]), math.prod(shape[:inputs])
@@ -41,7 +47,7 @@ def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_hf(path: str, part: np.ndarray) -> np.ndarray:
   """A part of ours as their tensor."""
   shape = hf_shape(path, part.shape)
-  if path.endswith("kernel"):
+  if is_matrix(path):
     part = part.reshape(shape[::-1]).T
   return np.ascontiguousarray(part.reshape(shape))
 
@@ -50,6 +56,6 @@ def from_hf(
   path: str, tensor: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
   """Their tensor as a part of ours, of that shape."""
-  if path.endswith("kernel"):
+  if is_matrix(path):
     tensor = tensor.T
   return tensor.reshape(shape)
