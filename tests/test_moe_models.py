@@ -41,7 +41,8 @@ QWEN = qwen3_moe.Config(
   vocab_size=rows.VOCABULARY, width=16, ffn=12, layers=2, heads=4, kv_heads=2,
   head_dim=6, experts=7, experts_per_token=3, window=5, local=(True,),
 )  # fmt: skip
-MESHES = [(8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1)]
+# Sizes of a mesh, and the experts' ffn: the last is not divided.
+MESHES = [(8, 1, 1, 20), (2, 2, 2, 20), (1, 8, 1, 20), (4, 1, 2, 15)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,6 +134,28 @@ def test_scores_are_the_same_with_and_without_the_router():
   assert shapes.router is None
 
 
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_a_policy_that_is_its_reference_scores_the_same_to_the_last_bit(remat):
+  run = score.make_score(make_model(remat=remat), tile=64)
+
+  def both(params, batch):
+    def loss(params):
+      scores = run(params, batch, router=True)
+      return scores.logps.sum() + moe.balance(*scores.router), scores.logps
+
+    gradient, logps = jax.grad(loss, has_aux=True)(params)
+    return logps, run(params, batch).logps, gradient
+
+  name = "jax_disable_most_optimizations"
+  jax.config.update(name, False)
+  try:
+    policy, reference, _ = jax.jit(both)(make_params(), rows.many_batches()[0])
+  finally:
+    jax.config.update(name, True)
+  np.testing.assert_array_equal(policy, reference)
+  assert policy.any()
+
+
 def test_new_variables_are_weights_and_nothing_else():
   assert [*make_model().init_variables(jax.random.key(0))] == ["params"]
 
@@ -181,21 +204,23 @@ def test_greedy_tokens_are_those_of_no_cache(config):
 # Devices
 
 
-def scores_and_gradients(mesh=None):
+def scores_and_gradients(ffn, mesh=None):
   """Of eight rows, with the balancing loss; and the program's text."""
-  params, batch = make_params(), rows.packed()
+  config = dataclasses.replace(CONFIG, ffn=ffn)
+  params, batch = make_params(config), rows.packed()
   # Rows of tokens that differ, so that no device's choices are another's.
   batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x[:2]]), batch)
   shift = jnp.arange(8)[:, None] * (batch.key_end > 0)
   batch = batch._replace(tokens=(batch.tokens + shift) % rows.VOCABULARY)
-  run = score.make_score(make_model(), tile=16)
+  run = score.make_score(make_model(config), tile=16)
   if mesh is not None:
     pins = sharding.Pins(mesh)
     params = jax.device_put(params, sharding.shard_tree(params, mesh))
     batch = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
     model = make_model(
-      pin_activations=pins.activations, pin_weights=pins.weights,
+      config, pin_activations=pins.activations, pin_weights=pins.weights,
       place_experts=pins.experts,
+      remat="block" if mesh.shape["tensor"] == 2 else "none",
     )  # fmt: skip
     run = score.make_score(model, tile=16, place_head=pins.head)
 
@@ -212,15 +237,15 @@ def scores_and_gradients(mesh=None):
 def on_eight_devices(out):
   assert jax.device_count() == 8
   jax.config.update("jax_disable_most_optimizations", True)
-  for sizes in MESHES:
-    found, program = scores_and_gradients(sharding.make_mesh(*sizes))
+  for *sizes, ffn in MESHES:
+    found, program = scores_and_gradients(ffn, sharding.make_mesh(*sizes))
     forbidden = "collective-permute|all-to-all"
-    if sizes == (8, 1, 1):  # with nothing else to gather, tokens are not
+    if sizes == [8, 1, 1]:  # with nothing else to gather, tokens are not
       forbidden += "|all-gather"
     moved = re.findall(forbidden, program)
     assert not moved, (sizes, moved)
     assert "all-reduce" in program
-    np.savez(out / f"{sizes}.npz", *found)
+    np.savez(out / f"{sizes} {ffn}.npz", *found)
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +269,15 @@ def eight_devices(tmp_path_factory):
 
 
 @functools.cache
-def on_one_device():
-  return scores_and_gradients()[0]
+def on_one_device(ffn):
+  return scores_and_gradients(ffn)[0]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_eight_devices_give_the_numbers_of_one(eight_devices, sizes):
-  found = np.load(eight_devices / f"{sizes}.npz")
-  expected = on_one_device()
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_eight_devices_give_the_numbers_of_one(eight_devices, mesh):
+  *sizes, ffn = mesh
+  found = np.load(eight_devices / f"{sizes} {ffn}.npz")
+  expected = on_one_device(ffn)
   assert len(found.files) == len(expected)
   for name, b in zip(found.files, expected):
     rows.assert_close(found[name], b, 2e-5)

@@ -221,6 +221,7 @@ class Decoder(nn.Module):
     window = _window(c, positions, key_start, cache)
 
     sows = self.router and self.is_mutable_collection(ROUTER)
+    sows = sows and not self.is_initializing()  # variables are weights alone
 
     def one_layer(x, layer):
       weights, local, cache = layer
@@ -238,7 +239,7 @@ class Decoder(nn.Module):
     x, (new_cache, sown) = jax.lax.scan(
       one_layer, x, (layers, jnp.asarray(c.local), cache)
     )
-    if sows and not self.is_initializing():
+    if sows:
       for name, (each,) in sown[ROUTER]["mlp"].items():
         self.sow(ROUTER, name, each.sum(axis=0))
     norm = RMSNorm(
