@@ -64,9 +64,7 @@ class Config:
   norm_plus_one: bool = False  # norms multiply by 1 + scale
   post_norms: bool = False  # norms also after attention and after the MLP
   scaled_embed: bool = False  # embeddings times sqrt(width)
-  experts: int | None = (
-    None  # MLPs a layer, of which a token chooses; None: one
-  )
+  experts: int | None = None  # MLPs that tokens choose from; None: one for all
   experts_per_token: int = 2
   norm_topk: bool = True  # the chosen experts' weights add up to 1
 
@@ -152,14 +150,16 @@ class Block(nn.Module):
     x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
     y = norm(name="mlp_norm")(x)
     if c.experts is None:
-      y = GatedMLP(c.width, c.ffn, c.activation, c.mlp_bias, dtype, name="mlp")(
-        y
+      mlp = GatedMLP(
+        c.width, c.ffn, c.activation, c.mlp_bias, dtype, name="mlp"
       )
+      y = mlp(y)
     else:
-      y = RoutedMLP(
+      mlp = RoutedMLP(
         c.width, c.ffn, c.experts, c.experts_per_token, c.norm_topk,
         c.activation, dtype, self.compute.place_experts, name="mlp",
-      )(y, key_end > key_start)  # fmt: skip
+      )  # fmt: skip
+      y = mlp(y, key_end > key_start)
     x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
     return x, cache
 
@@ -219,7 +219,6 @@ class Decoder(nn.Module):
     if c.scaled_embed:  # rounded to the compute dtype, as weights were trained
       x *= jnp.asarray(math.sqrt(c.width), x.dtype)
     window = _window(c, positions, key_start, cache)
-
     sows = self.router and self.is_mutable_collection(ROUTER)
     sows = sows and not self.is_initializing()  # variables are weights alone
 
