@@ -30,7 +30,16 @@ from dpo_jax.models import layout
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
 FAMILIES = {
   name: f"dpo_jax.models.{name}"
-  for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+  for name in (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+  )
 }
 Transform = Callable[[str, tuple[int, ...], np.ndarray], np.ndarray]
 _INDEX = "model.safetensors.index.json"
