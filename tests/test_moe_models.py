@@ -174,7 +174,7 @@ def test_router_sums_go_through_microbatches(coupled):
 
   def gradients(microbatches):
     return accumulate(
-      lambda p, part: run(p, part, router=True),
+      lambda p, part, _: run(p, part, router=True),
       lambda part: None,
       objective, params, batch, microbatches, coupled=coupled,
     )  # fmt: skip
