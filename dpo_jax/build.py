@@ -24,7 +24,7 @@ from dpo_jax.data.store import (
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.losses import Loss
-from dpo_jax.models import hf, peft
+from dpo_jax.models import hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.score import Score, make_score
@@ -68,6 +68,7 @@ def build(config: Config) -> Built:
       pin_activations=pins.activations,
       pin_weights=pins.weights,
       place_experts=pins.experts,
+      **({"unpack_weights": quantize.unpack} if c.quantize else {}),
     )
     shape = shape or family.Config(
       vocab_size=tokenizer.vocab_size,
@@ -100,13 +101,21 @@ def build(config: Config) -> Built:
   lora = _lora(config)
   if lora:
     abstract["lora"] = _abstract_adapters(config, family, abstract, lora)
-  abstract = jax.tree.map(
+  if c.quantize:
+    pack = functools.partial(quantize.pack, kind=c.quantize)
+    abstract["params"] = jax.eval_shape(pack, abstract["params"])
+  abstract = _placed(abstract, mesh)
+  score = make_score(model, tile=c.head_tile, place_head=pins.head)
+  return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def _placed(abstract, mesh) -> Any:
+  """Shapes and dtypes, with where each lies on the mesh."""
+  return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
     sharding.shard_tree(abstract, mesh),
   )
-  score = make_score(model, tile=c.head_tile, place_head=pins.head)
-  return Built(mesh, tokenizer, family, model, abstract, score, lora)
 
 
 def _experts(config, family) -> dict[str, int]:
@@ -172,8 +181,18 @@ def load_policy(config: Config, built: Built) -> Any:
 
 def load_variables(config: Config, built: Built, path: str = "") -> Any:
   """Weights of `path`, or of the config's model, or random by the seed;
-  sharded as they are made, without adapters."""
-  path = path or config.model.path
+  sharded as they are made, without adapters, in few bits if the config says
+  so."""
+  variables = _whole_variables(config, built, path or config.model.path)
+  if config.model.quantize:
+    packed = quantize.pack(variables.pop("params"), config.model.quantize)
+    variables["params"] = packed
+  return variables
+
+
+def _whole_variables(config, built, path) -> Any:
+  init = built.model.init_variables
+  abstract = _placed(jax.eval_shape(init, jax.random.key(0)), built.mesh)
   if path:
     path = os.path.expanduser(path)
     _, shape = hf.read_config(path)
@@ -182,11 +201,9 @@ def load_variables(config: Config, built: Built, path: str = "") -> Any:
         f"{path}: a model of another config than {config.model.path}:"
         f" {shape} there, {built.model.config} here"
       )
-    return hf.load_variables(path, built.family.HF_NAMES, built.abstract)
-  abstract = {"params": built.abstract["params"]}
+    return hf.load_variables(path, built.family.HF_NAMES, abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  init = jax.jit(built.model.init_variables, out_shardings=shardings)
-  return init(jax.random.key(config.seed))
+  return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 class Data(NamedTuple):

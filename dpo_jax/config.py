@@ -29,6 +29,7 @@ class Model:
   param_dtype: str = "float32"  # of weights and optimizer; adapters: float32
   remat: str = "none"  # "block" recomputes each layer in the backward
   attention: str = "blockwise"  # or "dense"
+  quantize: str = ""  # the base below adapters: "int8", "int4" or "nf4"
   head_tile: int = 1024  # rows of logits alive at once
 
 

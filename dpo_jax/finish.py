@@ -65,7 +65,8 @@ def finish(
 
 
 def _export(run: Run, place: Workdir, policy: Variables) -> None:
-  """The whole model, adapters merged; the adapters beside it as well."""
+  """The whole model, adapters merged; the adapters beside it as well. Adapters
+  of a base in few bits stay alone: they go with the base as it was."""
   built, options = run.built, {}
   if built.lora:
     adapters = jax.device_get(policy["lora"])
@@ -73,6 +74,8 @@ def _export(run: Run, place: Workdir, policy: Variables) -> None:
     base = run.config.model.path
     names = built.family.HF_NAMES
     peft.save(place.adapter, names, adapters, built.lora, base)
+  if run.config.model.quantize:
+    return
   hf.save_checkpoint(
     place.model,
     built.family,
@@ -118,7 +121,9 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
     "skipped_steps": int(state.skipped),
     "checkpoint": str(place.checkpoints),
     "report": str(place.path / "report.html"),
-    "model_dir": str(place.model) if config.train.export else None,
+    "model_dir": str(place.model)
+    if config.train.export and not config.model.quantize
+    else None,
     "adapter_dir": str(place.adapter)
     if config.train.export and run.built.lora
     else None,

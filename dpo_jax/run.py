@@ -38,6 +38,7 @@ class Run:
       )
     self.built = built or build(config)
     mesh = self.built.mesh
+    _check_packed(config, self.built)
     if config.train.router_balance and not self.built.model.router:
       raise ConfigError(
         "config.train.router_balance: this model has no experts to balance"
@@ -212,6 +213,20 @@ class Run:
 def _dropout_seed(config: Config, built: Built) -> int | None:
   """Seed of what adapters do not see; None if they see all."""
   return config.seed if built.lora and built.lora.dropout else None
+
+
+def _check_packed(config: Config, built: Built) -> None:
+  m = config.model
+  if m.quantize and not built.lora:
+    raise ConfigError(
+      f"config.model.quantize={m.quantize!r}: weights in few bits cannot be"
+      " trained; set config.lora.rank to train adapters on them"
+    )
+  if m.quantize and m.remat != "block":
+    raise ConfigError(
+      "config.model.quantize needs config.model.remat=block; all layers would"
+      " be kept unpacked for the backward otherwise"
+    )
 
 
 def _check_loss(config: Config, loss: losses.Loss) -> None:

@@ -42,6 +42,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+# The parts of a kernel in few bits lie as the kernel does.
+_PACKED = re.compile(r"/kernel/(qvalue|scale)$")
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   """A mesh over all devices; one size may be -1, "the rest".
 
@@ -73,6 +77,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   >>> spec_for("params/layers/mlp/up/kernel", (2, 64, 256), mesh)
   PartitionSpec(None, 'fsdp', 'tensor')
   """
+  path = _PACKED.sub("/kernel", path)
   rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
   if len(shape) < len(rule):  # a factor of adafactor's, or its placeholder
     return P()

@@ -103,7 +103,7 @@ def join(frozen: Tree, trained: Tree) -> Tree:
 
 def count(tree: Tree) -> int:
   """Numbers in the arrays (or shapes) of a tree."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  return sum(math.prod(x.shape) for x in traverse.flatten_dict(tree).values())
 
 
 def _names(path: str, shape: tuple[int, ...]) -> list[str]:

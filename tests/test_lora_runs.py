@@ -5,21 +5,21 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import (  # noqa: F401
+from runs import (  # noqa: F401
   STEPS,
-  _config,
-  _rows,
-  _stop_after,
   compile_once,
+  metric_rows,
+  on_base,
+  save_base,
+  stop_after,
 )
 
 from dpo_jax import dry_run
 from dpo_jax.answers import answer_texts
-from dpo_jax.build import build, load_policy, load_variables
+from dpo_jax.build import build, load_policy
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.judge import judge
-from dpo_jax.models import hf
 from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
 
@@ -34,33 +34,17 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory):
   """A model to put adapters on."""
-  config = _config(corpus)
-  built = build(config)
-  path = tmp_path_factory.mktemp("base") / "model"
-  hf.save_checkpoint(
-    path,
-    built.family,
-    built.model.config,
-    load_variables(config, built),
-    save_tokenizer=built.tokenizer.save,
-  )
-  return str(path)
-
-
-def config_of(corpus, base, **changes):
-  return _config(
-    corpus, **{"model.path": base, "model.tokenizer": ""} | changes
-  )
+  return save_base(corpus, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, base, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("lora") / "run"
-  return train(config_of(corpus, base, **LORA), workdir), workdir
+  return train(on_base(corpus, base, **LORA), workdir), workdir
 
 
 def loaded(corpus, path, **changes):
-  config = config_of(corpus, str(path), **changes)
+  config = on_base(corpus, str(path), **changes)
   built = build(config)
   return built, load_policy(config, built)
 
@@ -90,7 +74,7 @@ def test_the_exported_model_is_the_base_with_the_adapters(
   assert set(merged) == {"params"}
   _, parts = loaded(corpus, base, **{"lora.path": str(workdir / "adapter")})
   assert set(parts) == {"params", "lora"}
-  batch, _ = Run(config_of(corpus, base)).train_plan[0]
+  batch, _ = Run(on_base(corpus, base)).train_plan[0]
   logps = [
     np.asarray(jax.jit(built.score)(variables, batch).logps)
     for variables in (merged, parts, {"params": parts["params"]})
@@ -104,10 +88,8 @@ def test_adapters_evaluate_and_answer_as_the_merged_model(
 ):
   _, workdir = finished
   adapter = {"lora.path": str(workdir / "adapter"), "reference.path": base}
-  of_model = config_of(
-    corpus, str(workdir / "model"), **{"reference.path": base}
-  )
-  of_adapter = config_of(corpus, base, **adapter)
+  of_model = on_base(corpus, str(workdir / "model"), **{"reference.path": base})
+  of_adapter = on_base(corpus, base, **adapter)
   results = [judge(config) for config in (of_model, of_adapter)]
   for key, value in results[0]["metrics"].items():
     np.testing.assert_allclose(
@@ -121,13 +103,13 @@ def test_a_stopped_run_with_dropout_continues_to_the_same_bits(
   corpus, base, finished, tmp_path, monkeypatch
 ):
   _, straight = finished
-  config = config_of(corpus, base, **LORA)
+  config = on_base(corpus, base, **LORA)
   with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
+    stop_after(patch, 3)
     with pytest.raises(Stopped):
       train(config, tmp_path / "run")
   train(config, tmp_path / "run")
-  assert _rows(tmp_path / "run") == _rows(straight)
+  assert metric_rows(tmp_path / "run") == metric_rows(straight)
   for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
     there = (tmp_path / "run" / file).read_bytes()
     assert there == (straight / file).read_bytes()
@@ -135,13 +117,13 @@ def test_a_stopped_run_with_dropout_continues_to_the_same_bits(
 
 def test_another_base_is_not_continued(corpus, base, finished, tmp_path):
   _, workdir = finished
-  config = config_of(corpus, base, **LORA)
+  config = on_base(corpus, base, **LORA)
   run = Run(config)
   assert run.identity()["frozen"] == run.identity()["reference"]
-  other = config_of(corpus, base, **LORA | {"loss.name": "orpo"})
+  other = on_base(corpus, base, **LORA | {"loss.name": "orpo"})
   assert Run(other).identity()["frozen"] == run.identity()["frozen"]
   with pytest.raises(ConfigError, match=r"lora\.rank"):
-    train(config_of(corpus, base, **LORA | {"lora.rank": 2}), workdir)
+    train(on_base(corpus, base, **LORA | {"lora.rank": 2}), workdir)
 
 
 def test_training_goes_on_from_adapters_and_they_are_the_reference(
@@ -149,17 +131,17 @@ def test_training_goes_on_from_adapters_and_they_are_the_reference(
 ):
   _, workdir = finished
   path = {"lora.path": str(workdir / "adapter")}
-  run = Run(config_of(corpus, base, **path))
+  run = Run(on_base(corpus, base, **path))
   state, frozen = run.start()
   reference = run.load_reference(state.params, frozen)
   assert "a" in reference["lora"]["layers"]["mlp"]["up"]
   assert run.built.lora.rank == 4 and run.built.lora.dropout == 0.1
-  off = Run(config_of(corpus, base, **path | {"reference.path": base}))
+  off = Run(on_base(corpus, base, **path | {"reference.path": base}))
   assert set(off.load_reference(state.params, frozen)) == {"params"}
 
 
 def test_the_reference_of_new_adapters_is_the_one_base(corpus, base):
-  run = Run(config_of(corpus, base, **LORA))
+  run = Run(on_base(corpus, base, **LORA))
   state, frozen = run.start()
   reference = run.load_reference(state.params, frozen)
   assert set(reference) == {"params"}
@@ -174,7 +156,7 @@ def test_what_is_frozen_is_shared_with_the_reference_and_stays(
   corpus, base, tmp_path
 ):
   changes = {"optim.freeze": "embed|layers/0/", "optim.rates": "norm=0.1"}
-  config = config_of(corpus, base, **changes)
+  config = on_base(corpus, base, **changes)
   run = Run(config)
   state, frozen = run.start()
   reference = run.load_reference(state.params, frozen)
@@ -198,13 +180,13 @@ def test_what_is_frozen_is_shared_with_the_reference_and_stays(
 
 def test_a_moving_reference_goes_with_frozen_weights(corpus, base, tmp_path):
   changes = {"optim.freeze": "embed", "reference.sync_every": 2}
-  summary = train(config_of(corpus, base, **changes), tmp_path / "run")
+  summary = train(on_base(corpus, base, **changes), tmp_path / "run")
   assert np.isfinite(summary["final_eval"]["loss"])
 
 
 def test_the_dry_run_counts_what_is_trained(corpus, base):
-  text = dry_run.describe(config_of(corpus, base, **LORA))
-  run = Run(config_of(corpus, base, **LORA))
+  text = dry_run.describe(on_base(corpus, base, **LORA))
+  run = Run(on_base(corpus, base, **LORA))
   trained, _ = run.trainable.split(run.built.abstract)
   count = sum(x.size for x in jax.tree.leaves(trained))
   assert f"{count:,} of them trained" in text
@@ -224,7 +206,7 @@ def test_settings_that_do_not_go_together_are_refused(
   corpus, base, changes, words
 ):
   with pytest.raises(ConfigError) as error:
-    Run(config_of(corpus, base, **changes))
+    Run(on_base(corpus, base, **changes))
   assert words in str(error.value)
 
 
@@ -234,6 +216,6 @@ def test_a_rank_that_is_not_that_of_the_folder_is_refused(
   _, workdir = finished
   changes = {"lora.path": str(workdir / "adapter"), "lora.rank": 8}
   with pytest.raises(ConfigError, match="have rank 4"):
-    build(config_of(corpus, base, **changes))
+    build(on_base(corpus, base, **changes))
   with pytest.raises(CheckpointError, match="No such file"):
-    build(config_of(corpus, base, **{"lora.path": "/nowhere"}))
+    build(on_base(corpus, base, **{"lora.path": "/nowhere"}))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import _config, compile_once  # noqa: F401
+from runs import compile_once, small_config  # noqa: F401
 
 from dpo_jax import losses, optim
 from dpo_jax.data.corpus import write_corpus
@@ -113,7 +113,7 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_model_with_experts_trains_and_is_exported(corpus, tmp_path, rank):
   changes = {"train.router_balance": 0.01, "lora.rank": rank}
-  config = _config(corpus, **FROM_SCRATCH, **changes)
+  config = small_config(corpus, **FROM_SCRATCH, **changes)
   summary = train(config, tmp_path / "run")
   assert summary["final_eval"]["loss"] < summary["initial_eval"]["loss"]
   _, shape = hf.read_config(tmp_path / "run" / "model")
@@ -134,5 +134,5 @@ def test_a_model_with_experts_trains_and_is_exported(corpus, tmp_path, rank):
 )
 def test_experts_that_are_not_there_are_refused(corpus, changes, words):
   with pytest.raises(ConfigError) as error:
-    Run(_config(corpus, **changes))
+    Run(small_config(corpus, **changes))
   assert words in str(error.value)

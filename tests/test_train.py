@@ -6,19 +6,22 @@ import json
 import pathlib
 import runpy
 import shutil
-import signal
 import weakref
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from runs import (  # noqa: F401
+  STEPS,
+  compile_once,
+  metric_rows,
+  small_config,
+  stop_after,
+)
 
 from dpo_jax import checkpoint
 from dpo_jax import train as train_module
-from dpo_jax.config import from_dict
-from dpo_jax.config_file import defaults
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import CheckpointError, ConfigError, UserError
 from dpo_jax.models import hf
@@ -27,25 +30,6 @@ from dpo_jax.train import Stopped, train
 from dpo_jax.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  """Most runs here compile the same programs."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -53,55 +37,10 @@ def corpus(tmp_path_factory):
   return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=48)
 
 
-def _config(corpus, loss="dpo", **changes):
-  config = defaults(loss=loss)
-  config.model.tokenizer = "bytes"
-  config.model.width = 16
-  config.model.layers = 2
-  config.model.heads = 2
-  config.model.kv_heads = 1
-  config.model.ffn = 32
-  config.data.source = str(corpus["sft" if loss == "sft" else "pairs"])
-  config.data.eval_rows = 10
-  config.data.cache_dir = ""
-  config.data.row_length = 512  # one row a batch: one shape to compile
-  config.optim.learning_rate = 1e-2
-  config.train.batch_size = 4
-  config.train.steps = STEPS
-  config.train.log_every = 2
-  config.train.eval_every = 3
-  config.train.checkpoint_every = 2
-  config.sample.prompts = 2
-  config.sample.max_tokens = 4
-  config.update_from_flattened_dict(changes)
-  return from_dict(config.to_dict())
-
-
-def _rows(workdir):
-  """Metrics rows without what depends on the clock."""
-  return [
-    {k: v for k, v in row.items() if not k.endswith("per_second")}
-    for row in read_metrics(workdir / "metrics.jsonl")
-  ]
-
-
-def _stop_after(monkeypatch, stop):
-  """Sends SIGTERM to this process when the given step is about to run."""
-  real = train_module._batches
-
-  def batches(run, start):
-    for step, batch, tokens in real(run, start):
-      if step == stop:
-        signal.raise_signal(signal.SIGTERM)
-      yield step, batch, tokens
-
-  monkeypatch.setattr(train_module, "_batches", batches)
-
-
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  return train(_config(corpus), workdir), workdir
+  return train(small_config(corpus), workdir), workdir
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -132,7 +71,7 @@ def test_dpo_starts_at_log_two_exactly_and_accuracy_one_half(finished):
 
 def test_the_exported_model_is_the_trained_one(corpus, finished):
   _, workdir = finished
-  config = _config(corpus)
+  config = small_config(corpus)
   run = Run(config)
   with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     state = saved.restore(STEPS, run.abstract_state)
@@ -148,12 +87,12 @@ def test_a_stopped_run_continues_to_the_same_numbers(
 ):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    _stop_after(patch, stop)
+    stop_after(patch, stop)
     with pytest.raises(Stopped, match=f"step {stop}"):
-      train(_config(corpus), workdir)
+      train(small_config(corpus), workdir)
   assert not (workdir / "summary.json").exists()
-  train(_config(corpus), workdir)
-  assert _rows(workdir) == _rows(finished[1])
+  train(small_config(corpus), workdir)
+  assert metric_rows(workdir) == metric_rows(finished[1])
   for name in ("model.safetensors", "config.json"):
     ours = (workdir / "model" / name).read_bytes()
     assert ours == (finished[1] / "model" / name).read_bytes()
@@ -171,7 +110,7 @@ def test_evaluation_and_saving_do_not_count_as_time_of_the_steps(
   monkeypatch.setattr(
     checkpoint.Checkpoints, "save", lambda *a: (_pass(now, 9), real_save(*a))
   )
-  config = _config(
+  config = small_config(
     corpus, **{"train.checkpoint_every": 1, "train.log_every": 1,
                "sample.prompts": 0, "train.export": False}
   )  # fmt: skip
@@ -200,7 +139,7 @@ def test_a_stopped_quickstart_ends_without_a_traceback(
 def test_a_finished_run_is_not_run_again(corpus, finished, monkeypatch):
   summary, workdir = finished
   monkeypatch.setattr(train_module, "finish", pytest.fail)
-  assert train(_config(corpus), workdir)["steps"] == summary["steps"]
+  assert train(small_config(corpus), workdir)["steps"] == summary["steps"]
 
 
 def test_settings_that_change_no_number_may_change_on_the_way(
@@ -208,14 +147,14 @@ def test_settings_that_change_no_number_may_change_on_the_way(
 ):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
+    stop_after(patch, 3)
     with pytest.raises(Stopped):
-      train(_config(corpus), workdir)
+      train(small_config(corpus), workdir)
   train(
-    _config(corpus, **{"train.microbatches": 2, "model.remat": "block"}),
+    small_config(corpus, **{"train.microbatches": 2, "model.remat": "block"}),
     workdir,
   )
-  ours, whole = _rows(workdir)[-1], _rows(finished[1])[-1]
+  ours, whole = metric_rows(workdir)[-1], metric_rows(finished[1])[-1]
   for key in whole:
     if key != "split":
       np.testing.assert_allclose(ours[key], whole[key], rtol=1e-4, atol=1e-5)
@@ -227,30 +166,30 @@ def test_a_directory_of_another_run_is_refused_with_both_sides(
   _, workdir = finished
   before = sorted(workdir.rglob("*"))
   with pytest.raises(ConfigError, match=r"loss.beta: None there, 0.3 here"):
-    train(_config(corpus, **{"loss.beta": 0.3}), workdir)
+    train(small_config(corpus, **{"loss.beta": 0.3}), workdir)
   assert sorted(workdir.rglob("*")) == before
 
 
 def test_a_file_in_place_of_the_work_directory_is_refused(corpus, tmp_path):
   (tmp_path / "taken").write_text("mine")
   with pytest.raises(ConfigError, match="taken"):
-    train(_config(corpus), tmp_path / "taken")
+    train(small_config(corpus), tmp_path / "taken")
   assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_a_folder_with_a_config_of_something_else_is_refused(corpus, tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   with pytest.raises(ConfigError, match="not of a run"):
-    train(_config(corpus), tmp_path)
+    train(small_config(corpus), tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_changed_data_is_not_continued(corpus, tmp_path, monkeypatch):
   source = tmp_path / "pairs.jsonl"
   source.write_text(corpus["pairs"].read_text())
-  config = _config({"pairs": source})
+  config = small_config({"pairs": source})
   with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
+    stop_after(patch, 3)
     with pytest.raises(Stopped):
       train(config, tmp_path / "run")
   lines = source.read_text().splitlines()
@@ -261,7 +200,7 @@ def test_changed_data_is_not_continued(corpus, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path):
   _, workdir = finished
-  wider = Run(_config(corpus, **{"model.ffn": 48}))
+  wider = Run(small_config(corpus, **{"model.ffn": 48}))
   with (
     checkpoint.Checkpoints(workdir / "checkpoints") as saved,
     pytest.raises(CheckpointError, match=r"\[2, 16, 32\].*\[2, 16, 48\]"),
@@ -274,7 +213,7 @@ def test_a_damaged_checkpoint_is_named(corpus, finished, tmp_path):
   files = [p for p in (copy / str(STEPS)).rglob("d/*") if p.is_file()]
   largest = max(files, key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  run = Run(_config(corpus))
+  run = Run(small_config(corpus))
   with (
     checkpoint.Checkpoints(copy) as saved,
     pytest.raises(CheckpointError, match=f"delete .*{STEPS} to continue"),
@@ -302,14 +241,14 @@ def test_answers_before_are_those_of_step_0_also_where_they_were_lost(
 
   monkeypatch.setattr(Run, "start", start)
   monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
-  train(_config(corpus), workdir)
+  train(small_config(corpus), workdir)
   ours, whole = (d / "samples.jsonl" for d in (workdir, finished[1]))
   assert ours.read_text() == whole.read_text()
 
 
 def test_saving_a_step_twice_is_an_error_and_not_silence(finished, corpus):
   _, workdir = finished
-  run = Run(_config(corpus))
+  run = Run(small_config(corpus))
   with (
     checkpoint.Checkpoints(workdir / "checkpoints") as saved,
     pytest.raises(CheckpointError, match="not saved"),
@@ -336,14 +275,14 @@ CARRIED = {
 def test_a_run_is_continued_with_all_that_it_carries(
   corpus, tmp_path, monkeypatch, carried
 ):
-  config = _config(corpus, **CARRIED[carried], **{"sample.prompts": 0})
+  config = small_config(corpus, **CARRIED[carried], **{"sample.prompts": 0})
   train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
-    _stop_after(patch, 3)
+    stop_after(patch, 3)
     with pytest.raises(Stopped):
       train(config, tmp_path / "parts")
   train(config, tmp_path / "parts")
-  assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+  assert metric_rows(tmp_path / "parts") == metric_rows(tmp_path / "whole")
   for folder in ("whole", "parts"):
     assert (tmp_path / folder / "model").is_dir()
   ours, whole = (
@@ -356,7 +295,7 @@ def test_a_run_is_continued_with_all_that_it_carries(
 def test_a_reference_that_is_copied_each_step_keeps_the_margin_at_0(
   corpus, tmp_path
 ):
-  config = _config(
+  config = small_config(
     corpus, **{"reference.sync_every": 1, "reference.sync_mixup": 1.0}
   )
   summary = train(config, tmp_path / "run")
@@ -387,7 +326,7 @@ def test_a_reference_that_is_copied_each_step_keeps_the_margin_at_0(
 )
 def test_settings_without_a_meaning_are_refused(corpus, changes, words):
   with pytest.raises(UserError) as error:
-    Run(_config(corpus, **changes))
+    Run(small_config(corpus, **changes))
   assert all(word in str(error.value) for word in words), str(error.value)
   assert "\n" not in str(error.value)
 
@@ -405,8 +344,8 @@ def test_three_ranked_responses_are_asked_for_where_they_are_needed(
   )
   changes = {"data.source": str(two), "data.eval_rows": 4}
   with pytest.raises(UserError, match="row 0 has 2 responses to rank"):
-    Run(_config(corpus, **changes, **{"loss.name": "tpo"}))
-  Run(_config(corpus, **changes, **{"loss.name": "plackett_luce"}))
+    Run(small_config(corpus, **changes, **{"loss.name": "tpo"}))
+  Run(small_config(corpus, **changes, **{"loss.name": "plackett_luce"}))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +357,7 @@ def test_a_known_reference_serves_other_losses_too(corpus, tmp_path, loss):
   changes = {"sample.prompts": 0, "train.export": False} | loss
   results = {}
   for known in (False, True):
-    config = _config(corpus, **changes, **{"reference.precompute": known})
+    config = small_config(corpus, **changes, **{"reference.precompute": known})
     results[known] = train(config, tmp_path / str(known))["final_eval"]
   assert results[True]["loss"] == pytest.approx(
     results[False]["loss"], rel=1e-5
@@ -447,9 +386,9 @@ def test_every_kind_of_loss_trains_from_the_same_config(corpus, tmp_path, loss):
     "data.eval_rows": 24,
   }
   if loss == "sft":
-    config = _config(corpus, "sft", **changes)
+    config = small_config(corpus, "sft", **changes)
   else:
-    config = _config(corpus, "dpo", **changes, **{"loss.name": loss})
+    config = small_config(corpus, "dpo", **changes, **{"loss.name": loss})
   summary = train(config, tmp_path / "run")
   first, last = summary["initial_eval"], summary["final_eval"]
   assert last["loss"] < first["loss"]
@@ -460,23 +399,25 @@ def test_every_kind_of_loss_trains_from_the_same_config(corpus, tmp_path, loss):
 def test_orpo_and_sft_load_no_reference(corpus):
   for loss in ("orpo", "sft"):
     untouchable = object()
-    assert Run(_config(corpus, loss)).load_reference(untouchable, {}) is None
+    assert (
+      Run(small_config(corpus, loss)).load_reference(untouchable, {}) is None
+    )
 
 
 def test_a_precomputed_reference_gives_the_same_run(corpus, finished, tmp_path):
-  config = _config(corpus)
+  config = small_config(corpus)
   config = dataclasses.replace(
     config, reference=dataclasses.replace(config.reference, precompute=True)
   )
   train(config, tmp_path / "run")
   for ours, whole in zip(
-    _rows(tmp_path / "run"), _rows(finished[1]), strict=True
+    metric_rows(tmp_path / "run"), metric_rows(finished[1]), strict=True
   ):
     np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-5)
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run(corpus, tmp_path):
-  config = _config(
+  config = small_config(
     corpus, **{"loss.beta": 1e38, "train.max_skipped": 2}
   )  # at the reference the loss is log 2 and its gradient overflows
   with pytest.raises(UserError, match="2 steps in a row"):
@@ -492,9 +433,9 @@ def test_an_attempt_without_a_checkpoint_does_not_block_its_directory(
   with monkeypatch.context() as patch:
     patch.setattr(train_module, "_loop", fail)
     with pytest.raises(RuntimeError):
-      train(_config(corpus, **{"loss.beta": 0.3}), tmp_path / "run")
-  train(_config(corpus), tmp_path / "run")
-  assert len(_rows(tmp_path / "run")) == 6
+      train(small_config(corpus, **{"loss.beta": 0.3}), tmp_path / "run")
+  train(small_config(corpus), tmp_path / "run")
+  assert len(metric_rows(tmp_path / "run")) == 6
 
 
 def test_a_reference_that_was_retrained_is_not_continued_with(
@@ -502,9 +443,9 @@ def test_a_reference_that_was_retrained_is_not_continued_with(
 ):
   start = tmp_path / "start"
   shutil.copytree(finished[1] / "model", start)
-  config = _config(corpus, **{"model.path": str(start)})
+  config = small_config(corpus, **{"model.path": str(start)})
   with monkeypatch.context() as patch:
-    _stop_after(patch, 2)
+    stop_after(patch, 2)
     with pytest.raises(Stopped):
       train(config, tmp_path / "run")
   weights = start / "model.safetensors"
@@ -522,7 +463,7 @@ def test_a_reference_of_another_config_is_refused(corpus, finished, tmp_path):
   shape = json.loads((other / "config.json").read_text())
   shape["rope_theta"] = 5e5
   (other / "config.json").write_text(json.dumps(shape))
-  config = _config(
+  config = small_config(
     corpus, **{"model.path": str(model), "reference.path": str(other)}
   )
   run = Run(config)

@@ -111,6 +111,7 @@ class Compute:
   # without the layer axis) to the mesh; see sharding.py.
   pin_activations: Callable[[jax.Array], jax.Array] = lambda x: x
   pin_weights: Callable[[Any], Any] = lambda w: w
+  unpack_weights: Callable[[Any], Any] = lambda w: w  # see quantize.py
   # Wraps the experts so that each device routes its own tokens.
   place_experts: Callable[[Any], Any] = lambda function: function
 
@@ -208,7 +209,10 @@ class Decoder(nn.Module):
       compute.param_dtype,
     )
     block = Block(c, compute, parent=None)
-    layers = self.param("layers", functools.partial(_init_layers, block))
+    if self.is_initializing():
+      layers = self.param("layers", functools.partial(_init_layers, block))
+    else:  # not as a parameter, whose shape is checked: they may be packed
+      layers = self.variables["params"]["layers"]
     if not c.tied:
       self.param(
         "unembed",
@@ -229,11 +233,14 @@ class Decoder(nn.Module):
     sows = self.router and self.is_mutable_collection(ROUTER)
     sows = sows and not self.is_initializing()  # variables are weights alone
 
+    def here(weights):
+      return compute.unpack_weights(compute.pin_weights(weights))
+
     def one_layer(x, layer):
       weights, adapters, key, local, cache = layer
       freqs, seen = _of_layer(c, local, window)
       out = block.apply(
-        {"params": compute.pin_weights(weights), "lora": adapters},
+        {"params": here(weights), "lora": adapters},
         x, positions, freqs, key_start, key_end, seen, cache, cache_index,
         mutable=[ROUTER] if sows else False,
         rngs=None if key is None else {"dropout": key},
