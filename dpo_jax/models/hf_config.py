@@ -16,7 +16,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 def names(*, norms: dict[str, str], biases: str = "") -> dict[str, str]:
   """Where each weight lives in a Hugging Face checkpoint.
 
-  Kernels are stored there as [out, in] matrices; hf.py does the turning.
+  Kernels are stored there as [out, in] matrices; layout.py does the turning.
 
   Args:
     norms: our names of the layer's norms over the width to theirs.

@@ -49,7 +49,11 @@ def to_hf(path: str, part: np.ndarray) -> np.ndarray:
 def from_hf(
   path: str, tensor: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """Their tensor as a part of ours, of that shape."""
-  if path.endswith("kernel"):
-    tensor = tensor.T
-  return tensor.reshape(shape)
+  """Their tensor as a part of ours, of that shape; a view, so that a slice of
+  it touches nothing else."""
+  if not path.endswith("kernel"):
+    return tensor.reshape(shape)
+  inputs = input_axes(path)
+  outputs = len(shape) - inputs
+  tensor = tensor.reshape(shape[inputs:] + shape[:inputs])
+  return tensor.transpose(*range(outputs, len(shape)), *range(outputs))
