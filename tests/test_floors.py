@@ -26,7 +26,7 @@ FLOORS = (
   ("score", "accumulate", "sample", "config_file", "workdir"),
   ("train_step",),
   ("evaluate", "build"),
-  ("answers",),
+  ("answers", "convert"),
   ("run", "judge"),
   ("finish", "dry_run"),
   ("train", "check_data"),

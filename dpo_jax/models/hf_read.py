@@ -192,14 +192,13 @@ class _Reader(NamedTuple):
     ]
     for size in self.pool.map(lambda job: self._copy(*job), jobs):
       self.on_read(size)
-    for name in {name for name, *_ in jobs}:
-      self.folder.forget(name)
     return out
 
   def _copy(self, name: str, index: Index, out: np.ndarray) -> int:
     one = self.leaf.shape[self.leaf.stacked() :]
     theirs = layout.from_hf(self.leaf.path, self.folder.view(name), one)[index]
     _turn(theirs, out, self.leaf.path)
+    self.folder.forget(name)  # another part of it maps it again
     return theirs.nbytes
 
 

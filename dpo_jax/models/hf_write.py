@@ -49,6 +49,7 @@ def save_checkpoint(
   max_shard_bytes: int = SHARD_BYTES,
   save_tokenizer: Callable[[str], None] | None = None,
   transform: Transform | None = None,
+  dtype: Any = None,
 ) -> None:
   """Writes a folder that transformers, vLLM and this package load as it is.
 
@@ -65,9 +66,10 @@ def save_checkpoint(
     transform: given each part of ours on the host, with its path and its index
       in the stacked axes; returns what to write instead, of the same shape and
       dtype. It must not change the part itself.
+    dtype: of the files; None keeps that of each array.
   """
   writes = jax.process_index() == 0
-  tensors = list(_tensors(module, variables, transform))
+  tensors = list(_tensors(module, variables, transform, dtype))
   with whole_folder(path, writes) as part:
     write_tensors(part, tensors, max_shard_bytes, writes)
     if writes:
@@ -144,20 +146,30 @@ def write_tensors(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _tensors(module, variables, transform) -> Iterator[Tensor]:
+def _tensors(module, variables, transform, dtype) -> Iterator[Tensor]:
   flat = traverse.flatten_dict(variables["params"], sep="/")
   for ours, leaf in flat.items():
     name = module.HF_NAMES[ours]
     shape = layout.hf_shape(ours, leaf.shape[layout.stacked_axes(name) :])
+    kept = np.dtype(dtype or leaf.dtype)
     for index in layout.indices(name, leaf.shape):
 
-      def make(ours=ours, leaf=leaf, index=index):
+      def make(ours=ours, leaf=leaf, index=index, kept=kept):
         part = _to_host(leaf[index] if index else leaf)
         if transform:
-          part = transform(ours, index, part)
-        return layout.to_hf(ours, part)
+          part = _same(part, transform(ours, index, part), ours, index)
+        return layout.to_hf(ours, part.astype(kept, copy=False))
 
-      yield Tensor(name.format(*index), np.dtype(leaf.dtype), shape, make)
+      yield Tensor(name.format(*index), kept, shape, make)
+
+
+def _same(part, changed, ours, index) -> np.ndarray:
+  if (changed.dtype, changed.shape) != (part.dtype, part.shape):
+    raise ValueError(
+      f"transform made {changed.dtype}{list(changed.shape)} of"
+      f" {part.dtype}{list(part.shape)}, {ours} {list(index)}"
+    )
+  return changed
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -198,10 +210,5 @@ def _write_file(file: pathlib.Path | None, tensors: list[Tensor]) -> None:
       out.write(len(text).to_bytes(8, "little") + text)
     for t in tensors:
       array = t.make()
-      if (array.dtype, array.shape) != (t.dtype, t.shape):
-        raise ValueError(
-          f"{t.name} came as {array.dtype}{list(array.shape)}, expected"
-          f" {t.dtype}{list(t.shape)}"
-        )
       if out:
         out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
