@@ -57,7 +57,7 @@ class Folder:
       self.tensors |= stored
     for name, shard in (placed or {}).items():
       if name not in opened[shard]:
-        raise CheckpointError(f"{index}: {name!r} is not in {shard!r}")
+        raise CheckpointError(f"{index}: {_short(name)} is not in {shard!r}")
       self.tensors[name] = opened[shard][name]
 
   def dtype(self, name: str) -> np.dtype:
@@ -118,10 +118,13 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   for name, shard in placed.items():
     if not isinstance(shard, str):
       raise CheckpointError(
-        f"{index}: {name!r} should be mapped to a file name, found {shard!r}"
+        f"{index}: {_short(name)} should be mapped to a file name, found"
+        f" {_short(shard)}"
       )
     if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-      raise CheckpointError(f"{index}: {shard!r} leaves the folder")
+      raise CheckpointError(f"{index}: {_short(shard)} leaves the folder")
+    if not shard.endswith(".safetensors") or len(shard) > 255:
+      raise CheckpointError(f"{index}: {_short(shard)} is no safetensors file")
   return placed
 
 
@@ -137,7 +140,8 @@ def _open(file: pathlib.Path) -> dict[str, Stored]:
     header = json.loads(data[8 : 8 + size], object_pairs_hook=_once)
   except (OSError, ValueError, safetensors.SafetensorError) as e:
     reason = " ".join(str(e).split())[:300]
-    hint = "" if file.exists() else _what_else(file.parent)
+    lacking = isinstance(e, FileNotFoundError)
+    hint = _what_else(file.parent) if lacking else ""
     raise CheckpointError(f"{file}: cannot read weights: {reason}{hint}") from e
   header.pop("__metadata__", None)
   return {
@@ -149,6 +153,11 @@ def _open(file: pathlib.Path) -> dict[str, Stored]:
     )
     for name, about in header.items()
   }
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
