@@ -28,7 +28,6 @@ from dpo_jax.progress import byte_bar
 
 Index = tuple[slice, ...]
 _ALIGNED = 64  # bytes; what jax takes over without a copy
-_TILE = 32  # rows of theirs that are turned at once: a cache line of ours
 
 
 class _Leaf(NamedTuple):
@@ -197,23 +196,13 @@ class _Reader(NamedTuple):
   def _copy(self, name: str, index: Index, out: np.ndarray) -> int:
     one = self.leaf.shape[self.leaf.stacked() :]
     theirs = layout.from_hf(self.leaf.path, self.folder.view(name), one)[index]
-    _turn(theirs, out, self.leaf.path)
+    if self.leaf.path.endswith("kernel"):
+      # The first of their axes is our first output axis.
+      layout.turn(theirs, out, layout.input_axes(self.leaf.path))
+    else:
+      out[...] = theirs
     self.folder.forget(name)  # another part of it maps it again
     return theirs.nbytes
-
-
-def _turn(theirs: np.ndarray, out: np.ndarray, path: str) -> None:
-  """Copies a view whose axes are in another order, a tile at a time: what is
-  read in one order and written in the other misses every cache."""
-  if not path.endswith("kernel"):
-    out[...] = theirs
-    return
-  before = (slice(None),) * layout.input_axes(path)
-  first = len(before)  # our axis that is their first
-  step = max(1, _TILE // max(1, math.prod(out.shape[first + 1 :])))
-  for i in range(0, out.shape[first], step):
-    tile = (*before, slice(i, i + step))
-    out[tile] = theirs[tile]
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -3,16 +3,18 @@
   python scripts/benchmarks/load_checkpoint.py [--layers=22] [--folder=DIR]
 
 Writes a random Llama checkpoint in bfloat16 (1.1 billion parameters unless told
-otherwise) in several files, and loads it in a process of its own. "Anonymous"
-memory is what the process itself holds: heap and arrays, file pages that the
-system may drop at any time left out. It is sampled every 2 ms; `VmHWM` is the
-kernel's own peak of everything, mapped files and libraries included.
+otherwise) in several files, loads it in a process of its own, and saves it
+again. "Anonymous" memory is what the process itself holds, heap and arrays,
+sampled every 2 ms; file pages that the system may drop at any time are left
+out. `VmHWM` is the kernel's own peak of everything, mapped files and libraries
+included.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,14 +94,20 @@ def load(folder: pathlib.Path) -> dict:
     folder, module.HF_NAMES, abstract, on_read=read.append
   )
   jax.block_until_ready(variables)
-  seconds = time.perf_counter() - begin
-  return {
-    "seconds": seconds,
+  found = {
+    "seconds": time.perf_counter() - begin,
     "read_mb": sum(read) / 2**20,
-    "arrays_mb": sum(x.nbytes for x in jax.tree.leaves(variables)) / 2**20,
     "before_mb": before,
     "anonymous_mb": peak.stop(),
     "VmHWM_mb": status("VmHWM"),
+  }
+  before, peak = status("RssAnon"), Peak()
+  peak.start()
+  begin = time.perf_counter()
+  hf.save_checkpoint(f"{folder}-again", module, config, variables)
+  return found | {
+    "save_seconds": time.perf_counter() - begin,
+    "save_mb": peak.stop() - before,
   }
 
 
@@ -139,8 +147,10 @@ def main() -> None:
       f"load {found['seconds']:.1f} s; bytes read {found['read_mb']:.0f} MB;"
       f" anonymous {found['before_mb']:.0f} -> {found['anonymous_mb']:.0f} MB"
       f" ({found['anonymous_mb'] / size:.2f} of the files); VmHWM"
-      f" {found['VmHWM_mb']:.0f} MB ({found['VmHWM_mb'] / size:.2f})"
+      f" {found['VmHWM_mb']:.0f} MB ({found['VmHWM_mb'] / size:.2f})\n"
+      f"save {found['save_seconds']:.1f} s, {found['save_mb']:.0f} MB more"
     )
+    shutil.rmtree(f"{folder}-again")
 
 
 if __name__ == "__main__":
