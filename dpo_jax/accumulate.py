@@ -12,7 +12,7 @@ Tree = Any
 
 
 def accumulate(
-  policy: Callable[[Tree, Batch], Scores],
+  policy: Callable[[Tree, Batch, Any], Scores],
   reference: Callable[[Batch], Scores | None],
   objective: Callable[..., tuple[jax.Array, Tree]],
   params: Tree,
@@ -29,7 +29,7 @@ def accumulate(
   and a second pass pulls that back part by part: one more forward, exact.
 
   Args:
-    policy: (params, part) -> scores f32[B' M K].
+    policy: (params, part, number of the part) -> scores f32[B' M K].
     reference: part -> likewise, or None.
     objective: (policy scores, reference scores, part) -> (sum, auxiliary sums).
     params: what to differentiate by.
@@ -41,36 +41,39 @@ def accumulate(
     Gradients like `params`, and the auxiliary sums over the batch.
   """
 
-  def whole(params, part):
-    return objective(policy(params, part), reference(part), part)
+  def whole(params, part, number):
+    return objective(policy(params, part, number), reference(part), part)
 
   if microbatches == 1:
-    return jax.grad(whole, has_aux=True)(params, batch)
+    return jax.grad(whole, has_aux=True)(params, batch, 0)
   parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+  numbers = jnp.arange(microbatches)
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
   if not coupled:
 
     def add_part(carry, part):
-      new = jax.grad(whole, has_aux=True)(params, part)
+      new = jax.grad(whole, has_aux=True)(params, *part)
       return jax.tree.map(jnp.add, carry, new), None
 
     one = jax.tree.map(lambda x: x[0], parts)
-    _, sums = jax.eval_shape(whole, params, one)
+    _, sums = jax.eval_shape(whole, params, one, 0)
     carry = zeros, jax.tree.map(jnp.zeros_like, sums)
-    return jax.lax.scan(add_part, carry, parts)[0]
+    return jax.lax.scan(add_part, carry, (parts, numbers))[0]
 
-  scores = jax.lax.map(lambda p: (policy(params, p), reference(p)), parts)
+  scores = jax.lax.map(
+    lambda p: (policy(params, *p), reference(p[0])), (parts, numbers)
+  )
   scores = jax.tree.map(_join, scores)
   by_scores, sums = jax.grad(objective, has_aux=True)(*scores, batch)
 
   def pull_back(carry, xs):
-    part, g = xs
-    _, vjp = jax.vjp(lambda params: policy(params, part), params)
+    part, number, g = xs
+    _, vjp = jax.vjp(lambda params: policy(params, part, number), params)
     return jax.tree.map(jnp.add, carry, vjp(g)[0]), None
 
   by_parts = jax.tree.map(lambda g: _split(g, microbatches), by_scores)
-  return jax.lax.scan(pull_back, zeros, (parts, by_parts))[0], sums
+  return jax.lax.scan(pull_back, zeros, (parts, numbers, by_parts))[0], sums
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:

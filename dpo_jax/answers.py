@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.build import Built, build, load_variables
+from dpo_jax.build import Built, build, load_policy
 from dpo_jax.config import Config, Sample
 from dpo_jax.data import chat as chat_template
 from dpo_jax.data.plan import Plan
@@ -213,7 +213,7 @@ def answer_texts(
   if not all(ids):
     raise ConfigError("an empty prompt has no token to answer from")
   answerer = Answerer(built, config.sample, ids, config.seed)
-  answers = answerer(load_variables(config, built))
+  answers = answerer(load_policy(config, built))
   return [
     {
       "prompt": prompt,

@@ -24,7 +24,9 @@ from dpo_jax.data.store import (
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.losses import Loss
-from dpo_jax.models import hf
+from dpo_jax.models import hf, peft
+from dpo_jax.models import lora as lora_layers
+from dpo_jax.models.lora import Lora
 from dpo_jax.score import Score, make_score
 
 _LOG = logging.getLogger("dpo_jax")
@@ -38,8 +40,9 @@ class Built(NamedTuple):
   tokenizer: Any  # see data.tokenizer
   family: types.ModuleType  # see models.hf
   model: nn.Module
-  abstract: Any  # {"params": ...} of shapes, dtypes and shardings
+  abstract: Any  # variables as shapes, dtypes and shardings
   score: Score
+  lora: Lora | None = None  # adapters of the policy, `lora` in its variables
 
 
 def build(config: Config) -> Built:
@@ -92,18 +95,70 @@ def build(config: Config) -> Built:
     )
   model = family.Model(shape, compute)
   abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
+  lora = _lora(config)
+  if lora:
+    abstract["lora"] = _abstract_adapters(config, family, abstract, lora)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
     sharding.shard_tree(abstract, mesh),
   )
   score = make_score(model, tile=c.head_tile, place_head=pins.head)
-  return Built(mesh, tokenizer, family, model, abstract, score)
+  return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def _lora(config: Config) -> Lora | None:
+  c = config.lora
+  if c.path:
+    lora = peft.read_config(os.path.expanduser(c.path))
+    if c.rank not in (0, lora.rank):
+      raise ConfigError(
+        f"config.lora.rank={c.rank}, and the adapters of {c.path} have rank"
+        f" {lora.rank}; leave the rank to the folder"
+      )
+    return lora
+  if not c.rank:
+    return None
+  targets = tuple(x.strip() for x in c.targets.split(",") if x.strip())
+  return Lora(c.rank, c.alpha, targets, c.dropout, c.rslora)
+
+
+def _abstract_adapters(config, family, abstract, lora) -> Any:
+  params = abstract["params"]
+  if not config.lora.path:
+    return jax.eval_shape(
+      lambda key: lora_layers.init(key, params, lora), jax.random.key(0)
+    )
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    peft.read(config.lora.path, family.HF_NAMES, params, lora),
+  )
+
+
+def load_policy(config: Config, built: Built) -> Any:
+  """Variables that the config starts from: `load_variables`, and adapters
+  where there are any, read or new."""
+  variables = load_variables(config, built)
+  if built.lora is None:
+    return variables
+  abstract = built.abstract
+  shardings = jax.tree.map(lambda x: x.sharding, abstract["lora"])
+  if config.lora.path:
+    read = peft.read(
+      config.lora.path, built.family.HF_NAMES, abstract["params"], built.lora
+    )
+    return variables | {"lora": jax.device_put(read, shardings)}
+  init = jax.jit(
+    lambda key: lora_layers.init(key, abstract["params"], built.lora),
+    out_shardings=shardings,
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  return variables | {"lora": init(key)}
 
 
 def load_variables(config: Config, built: Built, path: str = "") -> Any:
   """Weights of `path`, or of the config's model, or random by the seed;
-  sharded as they are made."""
+  sharded as they are made, without adapters."""
   path = path or config.model.path
   if path:
     path = os.path.expanduser(path)
@@ -114,7 +169,8 @@ def load_variables(config: Config, built: Built, path: str = "") -> Any:
         f" {shape} there, {built.model.config} here"
       )
     return hf.load_variables(path, built.family.HF_NAMES, built.abstract)
-  shardings = jax.tree.map(lambda x: x.sharding, built.abstract)
+  abstract = {"params": built.abstract["params"]}
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   init = jax.jit(built.model.init_variables, out_shardings=shardings)
   return init(jax.random.key(config.seed))
 

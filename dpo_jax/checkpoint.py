@@ -110,26 +110,34 @@ def saved_steps(directory: str | os.PathLike) -> list[int]:
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
 
-def read_variables(
-  directory: str | os.PathLike, step: int, abstract: Any
-) -> Any:
-  """Reads the policy's variables of a step, and nothing of the optimizer.
+def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+  """The JSON document of a step; writes nothing.
+
+  Raises:
+    CheckpointError: damaged.
+  """
+  place = pathlib.Path(directory).absolute() / str(step)
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      return reader.restore(place / "meta")
+  except Exception as e:  # of damaged files orbax raises no narrower one
+    raise _unreadable(place, e) from e
+
+
+def read_trained(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
+  """Reads what a step holds of the policy, and nothing of the optimizer.
 
   Args:
     directory: of the checkpoints; nothing is written there.
     step: one of `saved_steps`.
-    abstract: `{"params": ...}` of shapes, dtypes and shardings.
+    abstract: the trained variables as shapes, dtypes and shardings.
 
   Raises:
-    CheckpointError: damaged, or the policy's arrays are others.
+    CheckpointError: damaged, or other arrays are trained.
   """
   place = pathlib.Path(directory).absolute() / str(step)
   wanted = {"params": abstract}
-  try:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-      saved = reader.restore(place / "meta")["arrays"]
-  except Exception as e:  # of damaged files orbax raises no narrower one
-    raise _unreadable(place, e) from e
+  saved = read_meta(directory, step)["arrays"]
   saved = {k: v for k, v in saved.items() if k.startswith("params/")}
   _check_fits(f"{directory}: step {step}", saved, _describe(wanted))
   try:

@@ -24,10 +24,20 @@ class Model:
   ffn: int = 344
   tied: bool = True
   dtype: str = "float32"  # of activations: float32 or bfloat16
-  param_dtype: str = "float32"  # of trained weights and optimizer state
+  param_dtype: str = "float32"  # of weights and optimizer; adapters: float32
   remat: str = "none"  # "block" recomputes each layer in the backward
   attention: str = "blockwise"  # or "dense"
   head_tile: int = 1024  # rows of logits alive at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  rank: int = 0  # of adapters to train instead of the weights; 0: none
+  alpha: float = 16.0  # adapters count alpha / rank
+  targets: str = ""  # some of "q,k,v,o,gate,up,down"; "" is all
+  dropout: float = 0.0  # of an adapter's input
+  rslora: bool = False  # alpha / sqrt(rank) instead
+  path: str = ""  # adapter folder to start from, which says all of the above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Optim:
   epsilon: float = 1e-8
   momentum: float = 0.0
   clip_norm: float = 1.0
+  freeze: str = ""  # pattern of weights that stay, e.g. "embed|layers/[0-7]/"
+  rates: str = ""  # factors on learning rates: "embed=0.1 mlp=0.5"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +126,7 @@ class Config:
 
   seed: int = 0
   model: Model = Model()
+  lora: Lora = Lora()
   reference: Reference = Reference()
   data: Data = Data()
   loss: dict[str, Any] = dataclasses.field(
@@ -175,7 +188,7 @@ _COUNTS = (
   "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
-           "sample.top_p", "reference.sync_mixup")  # fmt: skip
+           "sample.top_p", "reference.sync_mixup", "lora.dropout")  # fmt: skip
 
 
 def _check_ranges(config: Config) -> None:

@@ -23,10 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpo_jax import checkpoint, sharding
-from dpo_jax.build import build
+from dpo_jax.build import build, load_policy
 from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError, ConfigError
-from dpo_jax.models import hf
+from dpo_jax.models import hf, lora
 from dpo_jax.models.hf_files import INDEX, Folder, read_object
 from dpo_jax.models.hf_write import (
   SHARD_BYTES,
@@ -35,6 +35,7 @@ from dpo_jax.models.hf_write import (
   whole_folder,
   write_tensors,
 )
+from dpo_jax.trainable import Trainable
 from dpo_jax.workdir import Workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -150,10 +151,28 @@ def _load_run(workdir: pathlib.Path, step: int) -> _Source:
   place = Workdir(workdir)
   config = from_dict(read_object(place.config)["config"])
   # The run's mesh is of other machines; here its weights lie over all devices.
-  built = build(dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1)))
-  variables = checkpoint.read_variables(place.checkpoints, step, built.abstract)
+  config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1))
+  built = build(config)
+  trainable = Trainable(built.abstract, config.optim.freeze)
+  trained, frozen = trainable.split(built.abstract)
+  variables = checkpoint.read_trained(place.checkpoints, step, trained)
+  if frozen:  # as the run found it
+    _check_base(
+      config.model.path, checkpoint.read_meta(place.checkpoints, step)
+    )
+    _, frozen = trainable.split(load_policy(config, built))
+    variables = trainable.join(frozen, variables)
   model, save = built.model, built.tokenizer.save
   return _Source(built.family, model.config, variables, save)
+
+
+def _check_base(path: str, meta: dict[str, Any]) -> None:
+  """Adapters and partly frozen models mean nothing on other weights."""
+  if path and meta.get("frozen") not in (None, hf.fingerprint(path)):
+    raise CheckpointError(
+      f"{path}: not the weights that the run started from, which it did not"
+      " train and did not save"
+    )
 
 
 def _shapes(folder: pathlib.Path) -> tuple[types.ModuleType, Any, Any]:
@@ -215,6 +234,7 @@ def _check_shapes(place, abstract, saved) -> None:
 def _write(loaded: _Source, target, form, cast, max_shard_bytes) -> None:
   module, config, variables, extras = loaded
   if form == "hf":
+    adapters = variables.get("lora")
     hf.save_checkpoint(
       target,
       module,
@@ -222,9 +242,15 @@ def _write(loaded: _Source, target, form, cast, max_shard_bytes) -> None:
       variables,
       max_shard_bytes=max_shard_bytes,
       save_tokenizer=extras,
+      transform=lora.merger(jax.device_get(adapters)) if adapters else None,
       dtype=cast,
     )
     return
+  if "lora" in variables:
+    raise ConfigError(
+      "the run trained adapters, which are merged into a Hugging Face folder"
+      " only; convert that one to orbax"
+    )
   if cast is not None:
     variables = jax.tree.map(lambda x: x.astype(cast), variables)
   with whole_folder(target) as part:

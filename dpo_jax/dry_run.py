@@ -1,11 +1,11 @@
 """What a run would do, without doing it: shapes, memory, and the first row."""
 
-import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from dpo_jax import trainable
 from dpo_jax.config import Config, flatten
 from dpo_jax.run import Run
 
@@ -26,14 +26,18 @@ def describe(config: Config) -> str:
   built, plan = run.built, run.train_plan
   state = run.abstract_state
   batch, _ = plan[0]
-  n_params = sum(math.prod(x.shape) for x in jax.tree.leaves(built.abstract))
-  reference = built.abstract if run.loss.needs_reference else None
+  n_params = trainable.count(built.abstract["params"])
+  trained, frozen = run.trainable.split(built.abstract)
+  reference = None
+  if run.loss.needs_reference:
+    reference = {"params": built.abstract["params"]}
   reads = "with a reference" if reference else "no reference"
   held_out = len(run.data.held_out) if run.data.held_out else 0
   lines = [
     f"loss        {run.loss.name} {dict(run.loss.options)}, {reads}",
     f"model       {config.model.path or 'from scratch'}, {n_params:,}"
-    f" parameters, {config.model.dtype}",
+    f" parameters, {trainable.count(trained):,} of them trained,"
+    f" {config.model.dtype}",
     f"mesh        {dict(built.mesh.shape)} on {jax.device_count()} x"
     f" {jax.devices()[0].device_kind}",
     f"data        {run.data.train.format}: {len(run.data.train)} examples to"
@@ -45,7 +49,7 @@ def describe(config: Config) -> str:
     f" scored, up to {plan.shape.examples} examples;"
     f" {'/'.join(map(str, plan.row_counts))} rows a step,"
     f" {plan.fill():.0%} filled",
-    *_memory(run, state, reference, batch),
+    *_memory(run, state, reference, batch, frozen),
     "row 0",
     render_row(batch, 0, built.tokenizer),
   ]
@@ -112,10 +116,10 @@ def render_summary(summary: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _memory(run, state, reference, batch) -> list[str]:
+def _memory(run, state, reference, batch, frozen) -> list[str]:
   """Per-device bytes, by the compiler's account of the step."""
   given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-  compiled = run.step.lower(state, reference, given).compile()
+  compiled = run.step.lower(state, reference, given, frozen).compile()
   stats = compiled.memory_analysis()
   if stats is None:
     return ["memory      this backend does not tell"]

@@ -1,19 +1,19 @@
 """The end of a run: answers, exported model, summary and report."""
 
 import importlib.metadata
-import math
 import sys
 from typing import Any
 
 import jax
 import numpy as np
 
+from dpo_jax import trainable
 from dpo_jax.answers import Answerer
 from dpo_jax.config import flatten
-from dpo_jax.models import hf
+from dpo_jax.models import hf, lora, peft
 from dpo_jax.report import write_report
 from dpo_jax.run import Run
-from dpo_jax.train_step import TrainState
+from dpo_jax.train_step import TrainState, Variables
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import encode_float, read_metrics
 
@@ -24,18 +24,19 @@ def finish(
   run: Run,
   place: Workdir,
   state: TrainState,
-  reference: Any | None,
+  policy: Variables,
+  reference: Variables | None,
   answerer: Answerer | None,
   seconds: float,
 ) -> dict[str, Any]:
-  """Writes samples.jsonl, model/, summary.json and report.html.
+  """Writes samples.jsonl, model/, adapter/, summary.json and report.html.
 
   Returns:
     The summary.
   """
   rewards = kl = None
   if answerer:
-    after = answerer(state.params)
+    after = answerer(policy)
     rows = place.read_samples()
     for row, response, reward in zip(
       rows,
@@ -51,16 +52,10 @@ def finish(
         "after": float(np.mean(after.rewards)),
       }
     if reference is not None:
-      kl = answerer.kl(state.params, reference, after.sampled)
+      kl = answerer.kl(policy, reference, after.sampled)
   if run.config.train.export:
-    hf.save_checkpoint(
-      place.model,
-      run.built.family,
-      run.built.model.config,
-      state.params,
-      save_tokenizer=run.built.tokenizer.save,
-    )
-  summary = _summary(run, place, state, seconds)
+    _export(run, place, policy)
+  summary = _summary(run, place, state, policy, seconds)
   summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
   if kl:
     summary["kl_standard_error"] = kl["standard_error"]
@@ -69,7 +64,26 @@ def finish(
   return summary
 
 
-def _summary(run, place, state, seconds) -> dict[str, Any]:
+def _export(run: Run, place: Workdir, policy: Variables) -> None:
+  """The whole model, adapters merged; the adapters beside it as well."""
+  built, options = run.built, {}
+  if built.lora:
+    adapters = jax.device_get(policy["lora"])
+    options["transform"] = lora.merger(adapters)
+    base = run.config.model.path
+    names = built.family.HF_NAMES
+    peft.save(place.adapter, names, adapters, built.lora, base)
+  hf.save_checkpoint(
+    place.model,
+    built.family,
+    built.model.config,
+    policy,
+    save_tokenizer=built.tokenizer.save,
+    **options,
+  )
+
+
+def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
   config = run.config
   rows = read_metrics(place.path / "metrics.jsonl")
   evals = [r for r in rows if r["split"] == "eval"]
@@ -81,9 +95,8 @@ def _summary(run, place, state, seconds) -> dict[str, Any]:
     "method": run.loss.name,
     "loss": dict(run.loss.options),
     "model": config.model.path or f"{config.model.family} from scratch",
-    "parameters": sum(
-      math.prod(x.shape) for x in jax.tree.leaves(state.params)
-    ),
+    "parameters": trainable.count(policy["params"]),
+    "trained_parameters": trainable.count(state.params),
     "dataset": reports["train"],
     "eval_dataset": reports.get("eval"),
     "eval_examples": len(run.data.held_out) if run.data.held_out else 0,
@@ -106,6 +119,9 @@ def _summary(run, place, state, seconds) -> dict[str, Any]:
     "checkpoint": str(place.checkpoints),
     "report": str(place.path / "report.html"),
     "model_dir": str(place.model) if config.train.export else None,
+    "adapter_dir": str(place.adapter)
+    if config.train.export and run.built.lora
+    else None,
     "command": " ".join(sys.argv),
     "config": flatten(config.to_dict()),
   }

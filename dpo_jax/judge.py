@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_jax import evaluate, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
-from dpo_jax.build import build, load_data, load_variables
+from dpo_jax.build import build, load_data, load_policy, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
@@ -62,9 +62,11 @@ def judge(config: Config) -> dict[str, Any]:
     scored_multiple=8 * built.mesh.shape["tensor"],
     mismatch=loss.mismatches,
   )
-  policy = load_variables(config, built)
+  policy = load_policy(config, built)
   reference = None
-  if config.reference.path:
+  if config.reference.path == config.model.path:
+    reference = {"params": policy["params"]}
+  elif config.reference.path:
     reference = load_variables(config, built, config.reference.path)
   evaluator = evaluate.make_evaluator(built.score, loss, built.mesh)
   result = evaluator(policy, reference, plan)

@@ -67,6 +67,7 @@ def make(
   weight_decay: float = 0.0,
   momentum: float = 0.0,
   clip_norm: float = 1.0,
+  factors: Any = None,
 ) -> optax.GradientTransformation:
   """An optax optimizer by name; hyper-parameters it lacks are not read.
 
@@ -80,6 +81,8 @@ def make(
     weight_decay: decoupled; matrices only.
     momentum: of sgd.
     clip_norm: bound on the global gradient norm; 0 does not clip.
+    factors: on the learning rate of each array, a tree like the parameters of
+      arrays that broadcast to them (`trainable.Trainable.factors`); None: 1.
 
   Raises:
     ConfigError: unknown optimizer.
@@ -104,6 +107,11 @@ def make(
     raise ConfigError(
       f"optim.name={name!r} should be one of {', '.join(_OPTIMIZERS)}"
     )
+  if factors is not None:
+    scale = lambda updates, _: jax.tree.map(
+      lambda u, factor: u * factor.astype(u.dtype), updates, factors
+    )
+    tx = optax.chain(tx, optax.stateless(scale))
   if clip_norm > 0:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
   return tx

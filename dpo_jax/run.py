@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from dpo_jax import evaluate, losses, optim, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
-from dpo_jax.build import Built, build, load_data, load_variables
+from dpo_jax.build import Built, build, load_data, load_policy, load_variables
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.trainable import Trainable, join
 
 
 class Run:
@@ -42,6 +43,10 @@ class Run:
     self.eval_plan = self._plan_evaluation()
     self.steps = len(self.train_plan)
     o = dict(vars(config.optim))
+    self.trainable = Trainable(
+      self.built.abstract, o.pop("freeze"), o.pop("rates")
+    )
+    trained, _ = self.trainable.split(self.built.abstract)
     self.schedule = optim.make_schedule(
       o.pop("learning_rate"),
       self.steps,
@@ -49,7 +54,8 @@ class Run:
       warmup=o.pop("warmup"),
       final=o.pop("final"),
     )
-    self.tx = optim.make(self.schedule, **o)
+    factors = self.trainable.factors(trained)
+    self.tx = optim.make(self.schedule, factors=factors, **o)
     self.abstract_state = self._abstract_state()
     self.step = jax.jit(
       functools.partial(
@@ -57,6 +63,8 @@ class Run:
         score=self.built.score,
         loss=self.loss,
         tx=self.tx,
+        join=self.trainable.join,
+        dropout_seed=_dropout_seed(config, self.built),
         microbatches=config.train.microbatches,
         sync_every=config.reference.sync_every,
         sync_mixup=config.reference.sync_mixup,
@@ -69,30 +77,38 @@ class Run:
     )
     self.evaluator = evaluate.make_evaluator(self.built.score, self.loss, mesh)
 
-  def first_state(self) -> TrainState:
-    """The state before any step: weights as loaded or drawn."""
-    params = load_variables(self.config, self.built)
+  def start(self) -> tuple[TrainState, Any]:
+    """The state before any step, and the frozen variables beside it."""
+    params, frozen = self.trainable.split(load_policy(self.config, self.built))
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
     zero = jax.device_put(jnp.int32(0), shardings.step)
     # Copied, since a state may hold one array twice, which cannot be donated.
     carried = jax.tree.map(jnp.copy, self.loss.initial_state())
     carried = jax.device_put(carried, shardings.loss_state)
-    return TrainState(zero, params, init(params), zero + 0, carried)
+    state = TrainState(zero, params, init(params), zero + 0, carried)
+    return state, frozen
 
-  def load_reference(self, start: Any) -> Any | None:
+  def load_reference(self, start: Any, frozen: Any) -> Any | None:
     """Variables of the reference; None if the loss reads none.
 
+    The policy's beginning is the reference unless another is named. Of that,
+    what is trained is copied, for the step donates its own; what is frozen is
+    shared, and new adapters, which add nothing yet, are left off.
+
     Args:
-      start: the policy's weights before any step, which are the reference
-        unless another is named. They are copied: the step donates its own.
+      start: what is trained, before any step.
+      frozen: the rest of the policy.
     """
     if not self.loss.needs_reference:
       return None
-    path = self.config.reference.path
-    if path and path != self.config.model.path:
-      return load_variables(self.config, self.built, path)
-    return jax.tree.map(jnp.copy, start)
+    c = self.config
+    other = c.reference.path
+    if other and other != c.model.path:
+      return load_variables(c, self.built, other)
+    if self.built.lora and (other or not c.lora.path):
+      return {"params": frozen["params"]}
+    return join(frozen, jax.tree.map(jnp.copy, start))
 
   def with_reference(self, state: TrainState, reference: Any) -> TrainState:
     """The state with a reference of its own, if that is to follow the policy;
@@ -104,14 +120,20 @@ class Run:
   def identity(self) -> dict[str, Any]:
     """What a checkpoint must agree in, beside the config, to be continued."""
     c = self.config
+
+    def told_apart(path):
+      return hf.fingerprint(path) if path else f"random {c.seed}"
+
     reference = None
     if self.loss.needs_reference:
-      path = c.reference.path or c.model.path
-      reference = hf.fingerprint(path) if path else f"random {c.seed}"
+      reference = told_apart(c.reference.path or c.model.path)
+    _, frozen = self.trainable.split(self.built.abstract)
     return {
       "loss": repr(self.loss),
       "data": self.data.train.fingerprint,
       "reference": reference,
+      "frozen": told_apart(c.model.path) if frozen else None,
+      "adapters": hf.fingerprint(c.lora.path) if c.lora.path else None,
     }
 
   def precompute(self, reference: Any) -> None:
@@ -166,20 +188,25 @@ class Run:
 
   def _abstract_state(self) -> TrainState:
     mesh = self.built.mesh
-    params = self.built.abstract
+    params, _ = self.trainable.split(self.built.abstract)
     state = TrainState(
       jax.ShapeDtypeStruct((), jnp.int32),
       params,
       jax.eval_shape(self.tx.init, params),
       jax.ShapeDtypeStruct((), jnp.int32),
       jax.eval_shape(self.loss.initial_state),
-      params if self.follows else None,
+      self.built.abstract if self.follows else None,
     )
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,
       sharding.shard_tree(state, mesh),
     )
+
+
+def _dropout_seed(config: Config, built: Built) -> int | None:
+  """Seed of what adapters do not see; None if they see all."""
+  return config.seed if built.lora and built.lora.dropout else None
 
 
 def _check_loss(config: Config, loss: losses.Loss) -> None:
@@ -199,6 +226,11 @@ def _check_loss(config: Config, loss: losses.Loss) -> None:
     raise ConfigError(
       f"config.reference.sync_every: loss {loss.name!r} reads no reference that"
       " could follow the policy"
+    )
+  if config.reference.sync_every and (config.lora.rank or config.lora.path):
+    raise ConfigError(
+      "config.reference.sync_every does not go with config.lora: a mean of"
+      " adapters is not the adapter of the mean"
     )
   if config.reference.sync_every and config.reference.precompute:
     raise ConfigError(

@@ -19,6 +19,7 @@ class Score(Protocol):
     *,
     tails: bool = False,
     confidence: bool = False,
+    dropout: Any = None,
   ) -> Scores: ...
 
 
@@ -39,7 +40,8 @@ def make_score(
 
   Returns:
     `score(variables, batch)`: `Scores` f32[B M K]; 0 for a response that is
-    not there. `tails` and `confidence` ask for these two as well.
+    not there. `tails` and `confidence` ask for these two as well; `dropout`
+    is a key for what adapters are not to see.
   """
 
   cap = getattr(model, "logit_cap", None)
@@ -63,10 +65,12 @@ def make_score(
     *,
     tails: bool = False,
     confidence: bool = False,
+    dropout: Any = None,
   ) -> Scores:
     hidden = model.apply(
-      variables, batch.tokens, batch.positions, batch.key_start, batch.key_end
-    )
+      variables, batch.tokens, batch.positions, batch.key_start, batch.key_end,
+      **({} if dropout is None else {"rngs": {"dropout": dropout}}),
+    )  # fmt: skip
     # Before the unembedding: prompts and padding never meet the vocabulary.
     hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
     unembed = model.unembed(variables)

@@ -30,6 +30,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
   (r"mlp/(gate|up)/bias$", P("tensor")),
   (r"mlp/down/kernel$", P("tensor", "fsdp")),
+  # Adapters are small: split only where what they multiply is.
+  (r"attention/[qkv]/b$", P(None, "tensor", None)),
+  (r"attention/o/a$", P("tensor", None, None)),
+  (r"mlp/(gate|up)/b$", P(None, "tensor")),
+  (r"mlp/down/a$", P("tensor", None)),
   (r"", P()),
 )
 

@@ -20,6 +20,7 @@ from dpo_jax.finish import finish
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
 from dpo_jax.signals import StopSignal
+from dpo_jax.trainable import join
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import MetricsWriter, read_metrics
 
@@ -52,12 +53,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     if start == run.steps and place.summary.exists():
       _LOG.info("%s: complete, nothing to do", place.path)
       return place.read_summary()
-    state, log = run.first_state(), StepLog(run)
-    reference = run.load_reference(state.params)
+    (state, frozen), log = run.start(), StepLog(run)
+    reference = run.load_reference(state.params, frozen)
     state = run.with_reference(state, reference)
     answerer = run.answerer()
     if answerer and not place.samples.exists():
-      place.write_jsonl(place.samples, sample_rows(answerer(state.params)))
+      policy = join(frozen, state.params)
+      place.write_jsonl(place.samples, sample_rows(answerer(policy)))
+      del policy
     if start:
       del state  # makes room for the one that is read
       state, earlier = _continue(saved, start, run, log)
@@ -73,12 +76,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       resume_step=start,
     ) as writer:
       log.writer = writer
-      state = _loop(run, state, reference, start, saved, log, begun)
+      state = _loop(run, state, frozen, reference, start, saved, log, begun)
     saved.wait()
-  return finish(run, place, state, reference, answerer, time.time() - begun)
+  policy = join(frozen, state.params)
+  seconds = time.time() - begun
+  return finish(run, place, state, policy, reference, answerer, seconds)
 
 
-def _loop(run, state, reference, start, saved, log, begun):
+def _loop(run, state, frozen, reference, start, saved, log, begun):
   """Runs the steps from `start`. Step n is launched before the metrics of step
   n - 1 are read, so the device never waits for the host."""
   t = run.config.train
@@ -90,7 +95,7 @@ def _loop(run, state, reference, start, saved, log, begun):
     if run.eval_plan is not None and evaluated != step:
       with log.untimed():
         result = run.evaluator(
-          state.params,
+          join(frozen, state.params),
           reference if state.reference is None else state.reference,
           run.eval_plan,
           state.loss_state,
@@ -114,7 +119,7 @@ def _loop(run, state, reference, start, saved, log, begun):
     Progress(run.steps, start, batch_size=t.batch_size, unit=unit) as progress,
   ):
     for step, batch, tokens in _batches(run, start):
-      state, sums = run.step(state, online, batch)
+      state, sums = run.step(state, online, batch, frozen)
       if previous:
         log.add(progress, *previous)
       previous = step, sums, tokens

@@ -1,6 +1,7 @@
 """The step: score, loss, gradient, update. Everything is sums until the end."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
 from dpo_jax.batch import Batch, Scores
 from dpo_jax.score import Score
+from dpo_jax.trainable import join
 
 Variables = dict[str, Any]
 Sums = dict[str, losses.Sums]
@@ -31,10 +33,13 @@ def train_step(
   state: TrainState,
   reference: Variables | None,
   batch: Batch,
+  frozen: Variables | None = None,
   *,
   score: Score,
   loss: losses.Loss,
   tx: optax.GradientTransformation,
+  join: Callable[[Variables, Variables], Variables] = join,
+  dropout_seed: int | None = None,
   microbatches: int = 1,
   sync_every: int = 0,
   sync_mixup: float = 0.0,
@@ -50,9 +55,12 @@ def train_step(
     reference: variables of the reference; None if the loss needs none, the
       batch carries its scores, or it is part of the state.
     batch: arrays as in `batch.Batch`.
+    frozen: variables of the policy that are not trained.
     score: see `score.make_score`.
     loss: see `losses.make`.
     tx: optimizer.
+    join: (frozen, trained) -> the policy's variables, see `trainable.py`.
+    dropout_seed: of adapters with dropout; None drops nothing.
     microbatches: parts of the batch that are run one after another; changes
       memory and no number.
     sync_every: steps after which the state's reference is mixed with the
@@ -63,7 +71,16 @@ def train_step(
     The new state, and sums (total and count) of loss and metrics.
   """
   reference = reference if state.reference is None else state.reference
-  policy_scores = functools.partial(_policy_scores, score, loss, reference)
+  key = None
+  if dropout_seed is not None:
+    key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+
+  def policy_scores(params, part, number):
+    part_key = None if key is None else jax.random.fold_in(key, number)
+    return _policy_scores(
+      score, loss, join(frozen or {}, params), part, part_key
+    )
+
   reference_scores = functools.partial(
     _reference_scores, score, loss, reference
   )
@@ -99,7 +116,9 @@ def train_step(
   if moving is not None:
     moving = jax.lax.cond(
       step % sync_every == 0,
-      lambda: losses.mix_reference(moving, params, sync_mixup),
+      lambda: losses.mix_reference(
+        moving, join(frozen or {}, params), sync_mixup
+      ),
       lambda: moving,
     )
   state = TrainState(
@@ -112,10 +131,11 @@ def train_step(
   return state, sums
 
 
-def _policy_scores(score, loss, reference, params, batch):
+def _policy_scores(score, loss, variables, batch, key=None):
+  options = {} if key is None else {"dropout": key}
   return score(
-    {**(reference or {}), **params}, batch,
-    tails=loss.reads_tails, confidence=loss.reads_confidence,
+    variables, batch,
+    tails=loss.reads_tails, confidence=loss.reads_confidence, **options,
   )  # fmt: skip
 
 
@@ -185,7 +205,7 @@ def loss_inputs(
 
 
 def evaluate_step(
-  params: Variables,
+  policy: Variables,
   reference: Variables | None,
   batch: Batch,
   loss_state: Any = None,
@@ -202,7 +222,7 @@ def evaluate_step(
     Sums as `train_step` gives them, and the scores f32[B M K] of policy and
     reference (None without one).
   """
-  policy = _policy_scores(score, loss, reference, params, batch)
+  policy = _policy_scores(score, loss, policy, batch)
   known = batch.reference
   if known is None and reference is not None:
     known = score(reference, batch, tails=loss.reads_tails)

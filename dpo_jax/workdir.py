@@ -19,6 +19,7 @@ class Workdir:
   summary.json    what came out, with counts of dropped data
   report.html     the same to look at
   model/          the trained model as a Hugging Face folder
+  adapter/        with LoRA, the adapters alone in PEFT's format
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -29,6 +30,7 @@ class Workdir:
     self.samples = self.path / "samples.jsonl"
     self.summary = self.path / "summary.json"
     self.model = self.path / "model"
+    self.adapter = self.path / "adapter"
 
   def check(self, config: Config) -> None:
     """Refuses what cannot become this run's directory; writes nothing.

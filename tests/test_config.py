@@ -15,6 +15,7 @@ from dpo_jax import losses, optim, sharding
 from dpo_jax.config import Config, from_dict
 from dpo_jax.config_file import defaults, parse_arg
 from dpo_jax.errors import ConfigError
+from dpo_jax.trainable import Trainable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
@@ -253,6 +254,7 @@ def test_every_setting_is_read_somewhere(section):
   if cls is settings.Optim:  # handed on whole, by name
     read = {*inspect.signature(optim.make).parameters}
     read |= {*inspect.signature(optim.make_schedule).parameters}
+    read |= {*inspect.signature(Trainable).parameters}
   elif cls is settings.Mesh:
     read = {*inspect.signature(sharding.make_mesh).parameters}
   else:

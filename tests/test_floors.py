@@ -12,6 +12,7 @@ FLOORS = (
   (
     "data",
     "models",
+    "trainable",
     "optim",
     "sharding",
     "checkpoint",

@@ -289,18 +289,18 @@ def test_answers_before_are_those_of_step_0_also_where_they_were_lost(
   shutil.copytree(finished[1], workdir)
   for name in ("samples.jsonl", "summary.json"):
     (workdir / name).unlink()
-  first, states = Run.first_state, []
+  first, states = Run.start, []
 
-  def first_state(run):
-    state = first(run)
+  def start(run):
+    state, frozen = first(run)
     states.append(weakref.ref(jax.tree.leaves(state.opt_state)[-1]))
-    return state
+    return state, frozen
 
   def restore(saved, step, abstract, real=checkpoint.Checkpoints.restore):
     assert states[0]() is None, "two states at a time"
     return real(saved, step, abstract)
 
-  monkeypatch.setattr(Run, "first_state", first_state)
+  monkeypatch.setattr(Run, "start", start)
   monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
   train(_config(corpus), workdir)
   ours, whole = (d / "samples.jsonl" for d in (workdir, finished[1]))
@@ -314,7 +314,7 @@ def test_saving_a_step_twice_is_an_error_and_not_silence(finished, corpus):
     checkpoint.Checkpoints(workdir / "checkpoints") as saved,
     pytest.raises(CheckpointError, match="not saved"),
   ):
-    saved.save(STEPS, run.first_state(), {})
+    saved.save(STEPS, run.start()[0], {})
 
 
 # What a run carries on beside parameters and optimizer.
@@ -460,7 +460,7 @@ def test_every_kind_of_loss_trains_from_the_same_config(corpus, tmp_path, loss):
 def test_orpo_and_sft_load_no_reference(corpus):
   for loss in ("orpo", "sft"):
     untouchable = object()
-    assert Run(_config(corpus, loss)).load_reference(untouchable) is None
+    assert Run(_config(corpus, loss)).load_reference(untouchable, {}) is None
 
 
 def test_a_precomputed_reference_gives_the_same_run(corpus, finished, tmp_path):
@@ -527,4 +527,4 @@ def test_a_reference_of_another_config_is_refused(corpus, finished, tmp_path):
   )
   run = Run(config)
   with pytest.raises(CheckpointError, match="another config"):
-    run.load_reference(None)
+    run.load_reference(None, {})

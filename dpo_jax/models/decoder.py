@@ -3,6 +3,9 @@
 Layers are stacked along a leading axis of every weight and run by one scan, so
 the program has one layer's size whatever the depth. What differs between layers
 and is no weight, a window or a rotary base, is chosen inside the scan.
+
+Variables: `params`, and `lora` where there are adapters (`lora.py`); applied
+without the latter it is the model without them.
 """
 
 import dataclasses
@@ -193,20 +196,25 @@ class Decoder(nn.Module):
     if c.scaled_embed:  # rounded to the compute dtype, as weights were trained
       x *= jnp.asarray(math.sqrt(c.width), x.dtype)
     window = _window(c, positions, key_start, cache)
+    adapters = self.variables.get("lora", {}).get("layers", {})
+    keys = None
+    if self.has_rng("dropout"):
+      keys = jax.random.split(self.make_rng("dropout"), c.layers)
 
     def one_layer(x, layer):
-      weights, local, cache = layer
+      weights, adapters, key, local, cache = layer
       freqs, seen = _of_layer(c, local, window)
       x, cache = block.apply(
-        {"params": compute.pin_weights(weights)},
+        {"params": compute.pin_weights(weights), "lora": adapters},
         x, positions, freqs, key_start, key_end, seen, cache, cache_index,
+        rngs=None if key is None else {"dropout": key},
       )  # fmt: skip
       return pin(x), cache
 
     if compute.remat == "block":
       one_layer = jax.checkpoint(one_layer)
     x, new_cache = jax.lax.scan(
-      one_layer, x, (layers, jnp.asarray(c.local), cache)
+      one_layer, x, (layers, adapters, keys, jnp.asarray(c.local), cache)
     )
     norm = RMSNorm(
       c.norm_epsilon, compute.param_dtype, c.norm_plus_one, name="norm"

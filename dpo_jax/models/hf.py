@@ -24,6 +24,7 @@ __all__ = [
   "fingerprint",
   "load_variables",
   "read_config",
+  "read_object",
   "save_checkpoint",
 ]
 

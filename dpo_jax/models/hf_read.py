@@ -196,7 +196,7 @@ class _Reader(NamedTuple):
   def _copy(self, name: str, index: Index, out: np.ndarray) -> int:
     one = self.leaf.shape[self.leaf.stacked() :]
     theirs = layout.from_hf(self.leaf.path, self.folder.view(name), one)[index]
-    if self.leaf.path.endswith("kernel"):
+    if layout.is_matrix(self.leaf.path):
       # The first of their axes is our first output axis.
       layout.turn(theirs, out, layout.input_axes(self.leaf.path))
     else:

@@ -42,7 +42,8 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-  """A linear map from the trailing axes `inputs` to `outputs`."""
+  """A linear map from the trailing axes `inputs` to `outputs`; with an adapter
+  (`lora.py`) where the variables hold one."""
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
@@ -69,7 +70,22 @@ class Projection(nn.Module):
         "bias", nn.initializers.zeros, self.outputs, self.param_dtype
       )
       y += bias.astype(x.dtype)
+    if self.has_variable("lora", "a"):
+      y += self._adapter(x)
     return y
+
+  def _adapter(self, x):
+    a, b, scale, rate = (
+      self.get_variable("lora", name) for name in ("a", "b", "scale", "dropout")
+    )
+    if self.has_rng("dropout"):
+      kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
+      x = jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    low = x.reshape(-1, math.prod(self.inputs)) @ (
+      a.reshape(-1, a.shape[-1]).astype(x.dtype)
+    )
+    y = low @ b.reshape(b.shape[0], -1).astype(x.dtype) * scale.astype(x.dtype)
+    return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 
 class SelfAttention(nn.Module):

@@ -2,7 +2,8 @@
 
 Weights of all layers are one leaf here, stacked along leading axes; there each
 layer (and each expert of it) has a tensor of its own, whose name counts. A
-kernel [in..., out...] here is a matrix [out, in] there.
+kernel [in..., out...] here is a matrix [out, in] there; so are an adapter's `a`
+[in..., R] and `b` [R, out...].
 """
 
 import itertools
@@ -15,8 +16,13 @@ _ROWS = 32  # of 2 bytes: a cache line
 
 
 def input_axes(path: str) -> int:
-  """How many axes of a kernel, the stacked ones aside, are its input."""
-  return 2 if path.endswith("attention/o/kernel") else 1
+  """How many axes of a matrix, the stacked ones aside, are its input."""
+  return 2 if path.endswith(("attention/o/kernel", "attention/o/a")) else 1
+
+
+def is_matrix(path: str) -> bool:
+  """Whether a weight is a matrix [out, in] there, whatever its axes here."""
+  return path.endswith(("/kernel", "/a", "/b"))
 
 
 def stacked_axes(name: str) -> int:
@@ -34,7 +40,7 @@ def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of their tensor for a part of ours."""
   if path.endswith("bias"):
     return (math.prod(shape),)
-  if not path.endswith("kernel"):
+  if not is_matrix(path):
     return shape
   inputs = input_axes(path)
   return math.prod(shape[inputs:]), math.prod(shape[:inputs])
@@ -43,7 +49,7 @@ def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_hf(path: str, part: np.ndarray) -> np.ndarray:
   """A part of ours as their tensor."""
   shape = hf_shape(path, part.shape)
-  if not path.endswith("kernel"):
+  if not is_matrix(path):
     return np.ascontiguousarray(part.reshape(shape))
   out = np.empty(shape, part.dtype)
   turn(part.reshape(shape[::-1]).T, out, 1)
@@ -55,7 +61,7 @@ def from_hf(
 ) -> np.ndarray:
   """Their tensor as a part of ours, of that shape; a view, so that a slice of
   it touches nothing else."""
-  if not path.endswith("kernel"):
+  if not is_matrix(path):
     return tensor.reshape(shape)
   inputs = input_axes(path)
   outputs = len(shape) - inputs

@@ -18,8 +18,11 @@ from dpo_jax.data.pack import (
   first_fit_decreasing,
   token_cost,
 )
+from dpo_jax.models import hf
+from dpo_jax.models import peft as our_peft
 from dpo_jax.score import make_score
 from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.trainable import Trainable, join
 
 from .live import (
   LLAMA3,
@@ -35,12 +38,14 @@ from .live import (
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 trl = pytest.importorskip("trl", reason=WHY)
+peft = pytest.importorskip("peft", reason=WHY)
 
 pytestmark = pytest.mark.parity
 __all__ = ["rng"]
 
 
-def _train_trl(path, examples, pairs, options, beta):
+def _train_trl(path, examples, pairs, options, beta, adapter=None):
+  """Losses and the trained model; with an adapter, that is saved before."""
   import datasets
   import tokenizers
 
@@ -62,7 +67,7 @@ def _train_trl(path, examples, pairs, options, beta):
 
   def read():
     return transformers.AutoModelForCausalLM.from_pretrained(
-      path, dtype=torch.float32
+      path, dtype=torch.float32, attn_implementation="eager"
     )
 
   words = tokenizers.models.WordLevel(
@@ -74,9 +79,10 @@ def _train_trl(path, examples, pairs, options, beta):
     eos_token="<2>",
   )
   names = ("prompt_ids", "chosen_ids", "rejected_ids")
+  models = {"model": read(), "ref_model": None if adapter else read()}
   trainer = Recording(
-    model=read(),
-    ref_model=read(),
+    **models,
+    peft_config=adapter,
     args=trl.DPOConfig(
       output_dir=f"{path}/out", per_device_train_batch_size=pairs,
       num_train_epochs=1, lr_scheduler_type="constant", beta=beta,
@@ -88,6 +94,8 @@ def _train_trl(path, examples, pairs, options, beta):
     ),
     processing_class=tokenizer,
   )  # fmt: skip
+  if adapter:
+    trainer.model.save_pretrained(f"{path}/adapter")
   trainer.losses = []
   trainer.train()
   return trainer.losses, trainer.model
@@ -135,55 +143,114 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_three_steps_of_training_are_trls(rng, tmp_path, case):
-  name, modifiers, moving, their_options = CASES[case]
-  config = hf_config(rng, rope_parameters=LLAMA3, attention_bias=True)
-  hf_model(config).save_pretrained(tmp_path)
-  pairs, steps = 6, 3
-
+def _examples(rng, vocabulary):
   def tokens(low, high):
     n = int(rng.integers(low, high))
-    return rng.integers(3, config.vocab_size, n).astype(np.int32)
+    return rng.integers(3, vocabulary, n).astype(np.int32)
 
-  examples = [
+  return [
     Example(tokens(1, 30), tokens(1, 20), tokens(1, 20))
-    for _ in range(pairs * steps)
+    for _ in range(PAIRS * STEPS)
   ]
-  beta = float(rng.uniform(0.05, 0.5))
-  options = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
-  theirs, trained = _train_trl(
-    str(tmp_path), examples, pairs, options | their_options, beta
-  )
 
-  model, params = load(tmp_path)
-  _, reference = load(tmp_path)
+
+OPTIONS = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+PAIRS, STEPS = 6, 3
+
+
+def _train_ours(model, variables, reference, examples, loss, **options):
+  """Losses and the trained variables."""
+  trainable = Trainable(variables)
+  params, frozen = trainable.split(variables)
   tx = optim.make(
     optax.constant_schedule(1e-3), weight_decay=0.1, clip_norm=1.0
   )
   zero = jnp.int32(0)
   state = TrainState(zero, params, tx.init(params), zero)
-  if moving:
+  if options:  # a moving reference is part of the state
     state, reference = state._replace(reference=reference), None
   step = jax.jit(
     functools.partial(
-      train_step, score=make_score(model), tx=tx,
-      loss=losses.make(name, beta=beta, **modifiers), **moving,
+      train_step, score=make_score(model), tx=tx, loss=loss, **options
     ),
     # Three steps: optimising them takes longer than running them.
     compiler_options={"xla_backend_optimization_level": 0},
-  )  # fmt: skip
+  )
   ours = []
-  for batch in _pack(examples, steps):
-    state, sums = step(state, reference, batch)
+  for batch in _pack(examples, STEPS):
+    state, sums = step(state, reference, batch, frozen)
     ours.append(float(sums["loss"].mean()))
+  return ours, join(frozen, state.params)
 
-  if case in ("dpo", "ld", "moving_reference"):
-    assert abs(ours[0] - np.log(2)) < 1e-6
+
+def _check(rng, ours, theirs, model, variables, trained, vocabulary):
   assert np.ptp(ours) > 1e-4 * ours[0]
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-  ids = rng.integers(0, config.vocab_size, (2, 40))
+  ids = rng.integers(0, vocabulary, (2, 40))
   np.testing.assert_allclose(
-    our_logits(model, state.params, ids), their_logits(trained.eval(), ids),
+    our_logits(model, variables, ids), their_logits(trained.eval(), ids),
     rtol=1e-2, atol=1e-2,
   )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_of_training_are_trls(rng, tmp_path, case):
+  name, modifiers, moving, their_options = CASES[case]
+  config = hf_config(rng, rope_parameters=LLAMA3, attention_bias=True)
+  hf_model(config).save_pretrained(tmp_path)
+  examples = _examples(rng, config.vocab_size)
+  beta = float(rng.uniform(0.05, 0.5))
+  theirs, trained = _train_trl(
+    str(tmp_path), examples, PAIRS, OPTIONS | their_options, beta
+  )
+  model, params = load(tmp_path)
+  _, reference = load(tmp_path)
+  loss = losses.make(name, beta=beta, **modifiers)
+  ours, variables = _train_ours(
+    model, params, reference, examples, loss, **moving
+  )
+  if case in ("dpo", "ld", "moving_reference"):
+    assert abs(ours[0] - np.log(2)) < 1e-6
+  _check(rng, ours, theirs, model, variables, trained, config.vocab_size)
+
+
+FAMILIES = {
+  "llama": {"rope_parameters": LLAMA3},
+  "mistral": {"sliding_window": 11},
+  "qwen2": {"use_sliding_window": False},
+  "qwen3": {"head_dim": 16},
+  "gemma2": {"head_dim": 16, "sliding_window": 11,
+             "query_pre_attn_scalar": 5},
+  "gemma3_text": {"head_dim": 16, "sliding_window": 11,
+                  "query_pre_attn_scalar": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_steps_of_every_family_are_trls(rng, tmp_path, family, adapted):
+  config = hf_config(rng, family, **FAMILIES[family])
+  hf_model(config).save_pretrained(tmp_path)
+  examples = _examples(rng, config.vocab_size)
+  adapter = None
+  if adapted:
+    adapter = peft.LoraConfig(
+      r=3, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+  theirs, trained = _train_trl(
+    str(tmp_path), examples, PAIRS, OPTIONS, 0.2, adapter
+  )
+  model, variables = load(tmp_path)
+  _, reference = load(tmp_path)
+  if adapted:
+    path = tmp_path / "adapter"
+    variables["lora"] = jax.tree.map(
+      jnp.asarray,
+      our_peft.read(
+        path, hf.family(family).HF_NAMES, variables["params"],
+        our_peft.read_config(path),
+      ),
+    )  # fmt: skip
+  loss = losses.make("dpo", beta=0.2)
+  ours, variables = _train_ours(model, variables, reference, examples, loss)
+  _check(rng, ours, theirs, model, variables, trained, config.vocab_size)

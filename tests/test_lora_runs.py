@@ -1,0 +1,239 @@
+"""Whole runs that train adapters, or a part of the weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_train import (  # noqa: F401
+  STEPS,
+  _config,
+  _rows,
+  _stop_after,
+  compile_once,
+)
+
+from dpo_jax import dry_run
+from dpo_jax.answers import answer_texts
+from dpo_jax.build import build, load_policy, load_variables
+from dpo_jax.data.corpus import write_corpus
+from dpo_jax.errors import CheckpointError, ConfigError
+from dpo_jax.judge import judge
+from dpo_jax.models import hf
+from dpo_jax.run import Run
+from dpo_jax.train import Stopped, train
+
+LORA = {"lora.rank": 4, "lora.alpha": 16.0, "lora.dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=48)
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+  """A model to put adapters on."""
+  config = _config(corpus)
+  built = build(config)
+  path = tmp_path_factory.mktemp("base") / "model"
+  hf.save_checkpoint(
+    path,
+    built.family,
+    built.model.config,
+    load_variables(config, built),
+    save_tokenizer=built.tokenizer.save,
+  )
+  return str(path)
+
+
+def config_of(corpus, base, **changes):
+  return _config(
+    corpus, **{"model.path": base, "model.tokenizer": ""} | changes
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, base, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("lora") / "run"
+  return train(config_of(corpus, base, **LORA), workdir), workdir
+
+
+def loaded(corpus, path, **changes):
+  config = config_of(corpus, str(path), **changes)
+  built = build(config)
+  return built, load_policy(config, built)
+
+
+def test_a_run_with_adapters_learns_and_starts_at_log_two(finished):
+  summary, _ = finished
+  assert summary["initial_eval"]["loss"] == np.float32(np.log(2))
+  assert summary["final_eval"]["loss"] < summary["initial_eval"]["loss"]
+  assert 0 < summary["trained_parameters"] < summary["parameters"]
+  assert summary["kl_to_reference"] is not None
+
+
+def test_checkpoints_hold_the_adapters_and_not_the_base(finished):
+  _, workdir = finished
+  meta = json.loads(
+    (workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()
+  )
+  arrays = [n for n in meta["arrays"] if n.startswith("params")]
+  assert arrays and all(n.endswith(("/a", "/b")) for n in arrays)
+
+
+def test_the_exported_model_is_the_base_with_the_adapters(
+  corpus, base, finished
+):
+  _, workdir = finished
+  built, merged = loaded(corpus, workdir / "model")
+  assert set(merged) == {"params"}
+  _, parts = loaded(corpus, base, **{"lora.path": str(workdir / "adapter")})
+  assert set(parts) == {"params", "lora"}
+  batch, _ = Run(config_of(corpus, base)).train_plan[0]
+  logps = [
+    np.asarray(jax.jit(built.score)(variables, batch).logps)
+    for variables in (merged, parts, {"params": parts["params"]})
+  ]
+  np.testing.assert_allclose(logps[0], logps[1], rtol=1e-5, atol=1e-3)
+  assert np.abs(logps[0] - logps[2]).max() > 1e-2
+
+
+def test_adapters_evaluate_and_answer_as_the_merged_model(
+  corpus, base, finished
+):
+  _, workdir = finished
+  adapter = {"lora.path": str(workdir / "adapter"), "reference.path": base}
+  of_model = config_of(
+    corpus, str(workdir / "model"), **{"reference.path": base}
+  )
+  of_adapter = config_of(corpus, base, **adapter)
+  results = [judge(config) for config in (of_model, of_adapter)]
+  for key, value in results[0]["metrics"].items():
+    np.testing.assert_allclose(
+      results[1]["metrics"][key], value, rtol=1e-4, atol=1e-4, err_msg=key
+    )
+  said = [answer_texts(c, ["Q: hello"]) for c in (of_model, of_adapter)]
+  assert said[0][0]["response"] == said[1][0]["response"]
+
+
+def test_a_stopped_run_with_dropout_continues_to_the_same_bits(
+  corpus, base, finished, tmp_path, monkeypatch
+):
+  _, straight = finished
+  config = config_of(corpus, base, **LORA)
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(Stopped):
+      train(config, tmp_path / "run")
+  train(config, tmp_path / "run")
+  assert _rows(tmp_path / "run") == _rows(straight)
+  for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+    there = (tmp_path / "run" / file).read_bytes()
+    assert there == (straight / file).read_bytes()
+
+
+def test_another_base_is_not_continued(corpus, base, finished, tmp_path):
+  _, workdir = finished
+  config = config_of(corpus, base, **LORA)
+  run = Run(config)
+  assert run.identity()["frozen"] == run.identity()["reference"]
+  other = config_of(corpus, base, **LORA | {"loss.name": "orpo"})
+  assert Run(other).identity()["frozen"] == run.identity()["frozen"]
+  with pytest.raises(ConfigError, match=r"lora\.rank"):
+    train(config_of(corpus, base, **LORA | {"lora.rank": 2}), workdir)
+
+
+def test_training_goes_on_from_adapters_and_they_are_the_reference(
+  corpus, base, finished
+):
+  _, workdir = finished
+  path = {"lora.path": str(workdir / "adapter")}
+  run = Run(config_of(corpus, base, **path))
+  state, frozen = run.start()
+  reference = run.load_reference(state.params, frozen)
+  assert "a" in reference["lora"]["layers"]["mlp"]["up"]
+  assert run.built.lora.rank == 4 and run.built.lora.dropout == 0.1
+  off = Run(config_of(corpus, base, **path | {"reference.path": base}))
+  assert set(off.load_reference(state.params, frozen)) == {"params"}
+
+
+def test_the_reference_of_new_adapters_is_the_one_base(corpus, base):
+  run = Run(config_of(corpus, base, **LORA))
+  state, frozen = run.start()
+  reference = run.load_reference(state.params, frozen)
+  assert set(reference) == {"params"}
+  jax.tree.map(
+    lambda x, y: x is y or pytest.fail("copied"),
+    reference["params"],
+    frozen["params"],
+  )
+
+
+def test_what_is_frozen_is_shared_with_the_reference_and_stays(
+  corpus, base, tmp_path
+):
+  changes = {"optim.freeze": "embed|layers/0/", "optim.rates": "norm=0.1"}
+  config = config_of(corpus, base, **changes)
+  run = Run(config)
+  state, frozen = run.start()
+  reference = run.load_reference(state.params, frozen)
+  assert reference["params"]["embed"] is frozen["params"]["embed"]
+  assert "embed" not in state.params["params"]
+  summary = train(config, tmp_path / "run")
+  assert summary["final_eval"]["loss"] < summary["initial_eval"]["loss"]
+  _, before = loaded(corpus, base)
+  _, after = loaded(corpus, tmp_path / "run" / "model")
+  np.testing.assert_array_equal(
+    before["params"]["embed"], after["params"]["embed"]
+  )
+  for x, y in zip(
+    jax.tree.leaves(before["params"]["layers"]),
+    jax.tree.leaves(after["params"]["layers"]),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x[0], y[0])
+    assert (x[1] != y[1]).any()
+
+
+def test_a_moving_reference_goes_with_frozen_weights(corpus, base, tmp_path):
+  changes = {"optim.freeze": "embed", "reference.sync_every": 2}
+  summary = train(config_of(corpus, base, **changes), tmp_path / "run")
+  assert np.isfinite(summary["final_eval"]["loss"])
+
+
+def test_the_dry_run_counts_what_is_trained(corpus, base):
+  text = dry_run.describe(config_of(corpus, base, **LORA))
+  run = Run(config_of(corpus, base, **LORA))
+  trained, _ = run.trainable.split(run.built.abstract)
+  count = sum(x.size for x in jax.tree.leaves(trained))
+  assert f"{count:,} of them trained" in text
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({**LORA, "reference.sync_every": 2}, "a mean of adapters"),
+    ({**LORA, "lora.targets": "q,head"}, "'head'"),
+    ({"optim.freeze": "embd"}, "'embd' matches none"),
+    ({**LORA, "lora.dropout": 1.5}, "lora.dropout=1.5"),
+  ],
+  ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused(
+  corpus, base, changes, words
+):
+  with pytest.raises(ConfigError) as error:
+    Run(config_of(corpus, base, **changes))
+  assert words in str(error.value)
+
+
+def test_a_rank_that_is_not_that_of_the_folder_is_refused(
+  corpus, base, finished
+):
+  _, workdir = finished
+  changes = {"lora.path": str(workdir / "adapter"), "lora.rank": 8}
+  with pytest.raises(ConfigError, match="have rank 4"):
+    build(config_of(corpus, base, **changes))
+  with pytest.raises(CheckpointError, match="No such file"):
+    build(config_of(corpus, base, **{"lora.path": "/nowhere"}))
