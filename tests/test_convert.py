@@ -25,24 +25,30 @@ from dpo_jax.train import train
 from dpo_jax.train_step import TrainState
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """Work directory of a real run of two steps, a checkpoint after each."""
-  corpus = write_corpus(tmp_path_factory.mktemp("corpus"), pairs=8)
+def train_briefly(workdir, corpus, **changes):
+  """A real run of two steps, a checkpoint after each."""
   config = defaults(loss="sft")
-  config.update_from_flattened_dict(
-    {
-      "model.tokenizer": "bytes", "model.width": 16, "model.layers": 2,
-      "model.heads": 2, "model.kv_heads": 1, "model.ffn": 32,
-      "data.source": str(corpus["sft"]), "data.cache_dir": "",
-      "data.eval_rows": 0, "data.row_length": 512, "train.batch_size": 4,
-      "train.steps": 2, "train.checkpoint_every": 1, "sample.prompts": 0,
-      "optim.learning_rate": 1e-2,
-    }
-  )  # fmt: skip
-  workdir = tmp_path_factory.mktemp("runs") / "run"
+  settings = {
+    "model.tokenizer": "bytes", "model.width": 16, "model.layers": 2,
+    "model.heads": 2, "model.kv_heads": 1, "model.ffn": 32,
+    "data.source": str(corpus["sft"]), "data.cache_dir": "",
+    "data.eval_rows": 0, "data.row_length": 512, "train.batch_size": 4,
+    "train.steps": 2, "train.checkpoint_every": 1, "sample.prompts": 0,
+    "optim.learning_rate": 1e-2,
+  }  # fmt: skip
+  config.update_from_flattened_dict(settings | changes)
   train(from_dict(config.to_dict()), workdir)
   return workdir
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=8)
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+  return train_briefly(tmp_path_factory.mktemp("runs") / "run", corpus)
 
 
 @pytest.fixture
@@ -72,6 +78,33 @@ def test_the_newest_checkpoint_of_a_run_becomes_the_model_it_exported(
   line = convert(run, tmp_path / "out")
   assert "step 2" in line and str(tmp_path / "out") in line
   assert files(tmp_path / "out") == files(run / "model")
+
+
+@pytest.mark.parametrize(
+  "changes", [{"lora.rank": 2}, {"optim.freeze": "embed|layers/0"}], ids=str
+)
+def test_a_run_that_saves_only_what_it_trains_is_put_on_its_base(
+  run, corpus, tmp_path, changes
+):
+  base = tmp_path / "base"
+  shutil.copytree(run / "model", base)
+  workdir = train_briefly(
+    tmp_path / "run", corpus, **{"model.path": str(base)} | changes
+  )
+  convert(workdir, tmp_path / "out")
+  same_bytes(tensors(workdir / "model"), tensors(tmp_path / "out"))
+  assert files(tmp_path / "out") == files(workdir / "model")
+  moved = tensors(base)["model.layers.1.mlp.up_proj.weight"]
+  assert not np.array_equal(
+    moved, tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"]
+  )
+  if "lora.rank" in changes:
+    with pytest.raises(ConfigError, match="merged into a Hugging Face folder"):
+      convert(workdir, tmp_path / "orbax", form="orbax")
+  rewrite(base, lambda found: found["model.norm.weight"].__imul__(2))
+  with pytest.raises(CheckpointError, match="not the weights that the run"):
+    convert(workdir, tmp_path / "again")
+  assert not (tmp_path / "again").exists()
 
 
 def test_an_earlier_step_of_a_run_that_is_still_going_can_be_taken(
