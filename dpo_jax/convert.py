@@ -1,33 +1,27 @@
-"""Checkpoints from one form into another.
+"""Checkpoints from one form into another; convert_sources.py says which."""
 
-Three forms are told apart by what lies in the folder:
-
-  run     work directory of a run: its config.json, checkpoints/ (orbax)
-  hf      Hugging Face folder: config.json, safetensors, tokenizer files
-  orbax   as hf, but the weights are variables/ (orbax), arrays as the model
-          has them: they restore without turning or stacking
-"""
-
-import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dpo_jax import checkpoint, sharding
-from dpo_jax.build import build, load_policy
-from dpo_jax.config import Mesh, from_dict
+from dpo_jax.convert_sources import (
+  VARIABLES,
+  Source,
+  choose_step,
+  copy_rest,
+  kind_of,
+  load_hf,
+  load_orbax,
+  load_run,
+)
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import hf, lora
-from dpo_jax.models.hf_files import INDEX, Folder, read_object
+from dpo_jax.models.hf_files import Folder, read_object
 from dpo_jax.models.hf_write import (
   SHARD_BYTES,
   Tensor,
@@ -35,24 +29,9 @@ from dpo_jax.models.hf_write import (
   whole_folder,
   write_tensors,
 )
-from dpo_jax.trainable import Trainable
-from dpo_jax.workdir import Workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("hf", "orbax")
-_VARIABLES = "variables"
-# Beside weights and config.json; code that comes with a model is left behind.
-_KEPT = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
-_LICENSES = ("LICENSE", "NOTICE")
-
-
-class _Source(NamedTuple):
-  """A model, loaded, and what else belongs in its folder."""
-
-  module: types.ModuleType
-  config: Any
-  variables: Any
-  extras: Callable[[str], None]  # given the folder
 
 
 def convert(
@@ -92,32 +71,15 @@ def convert(
       _rewrite(source, target, cast, max_shard_bytes)
     else:
       if kind == "run":
-        step = _choose_step(source, step)
-        loaded = _load_run(source, step)
+        step = choose_step(source, step)
+        loaded = load_run(source, step)
       else:
-        loaded = {"hf": _load_hf, "orbax": _load_orbax}[kind](source)
+        loaded = {"hf": load_hf, "orbax": load_orbax}[kind](source)
       _write(loaded, target, form, cast, max_shard_bytes)
   except OSError as e:
     raise CheckpointError(f"{target}: cannot be written: {e}") from e
   of = f"step {step} of {source}" if kind == "run" else f"{source} ({kind})"
   return f"{target} ({form}): {of}, {dtype or 'dtype as it was'}"
-
-
-def kind_of(folder: pathlib.Path) -> str:
-  """ "run", "hf" or "orbax".
-
-  Raises:
-    CheckpointError: none of these.
-  """
-  about = read_object(folder / "config.json")
-  if "identity" in about and "config" in about:
-    return "run"
-  if "model_type" not in about:
-    raise CheckpointError(
-      f"{folder}/config.json is neither of a run nor of a model; expected a"
-      " run's work directory, or a folder with config.json and weights"
-    )
-  return "orbax" if (folder / _VARIABLES).is_dir() else "hf"
 
 
 def _check_target(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -135,103 +97,7 @@ def _check_target(source: pathlib.Path, target: pathlib.Path) -> None:
     )
 
 
-def _choose_step(workdir: pathlib.Path, step: int | None) -> int:
-  steps = checkpoint.saved_steps(Workdir(workdir).checkpoints)
-  if not steps:
-    raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
-  if step is not None and step not in steps:
-    raise CheckpointError(
-      f"{workdir}: no checkpoint of step {step}; there are"
-      f" {', '.join(map(str, steps))}"
-    )
-  return steps[-1] if step is None else step
-
-
-def _load_run(workdir: pathlib.Path, step: int) -> _Source:
-  place = Workdir(workdir)
-  config = from_dict(read_object(place.config)["config"])
-  # The run's mesh is of other machines; here its weights lie over all devices.
-  config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1))
-  built = build(config)
-  trainable = Trainable(built.abstract, config.optim.freeze)
-  trained, frozen = trainable.split(built.abstract)
-  variables = checkpoint.read_trained(place.checkpoints, step, trained)
-  if frozen:  # as the run found it
-    _check_base(
-      config.model.path, checkpoint.read_meta(place.checkpoints, step)
-    )
-    _, frozen = trainable.split(load_policy(config, built))
-    variables = trainable.join(frozen, variables)
-  model, save = built.model, built.tokenizer.save
-  return _Source(built.family, model.config, variables, save)
-
-
-def _check_base(path: str, meta: dict[str, Any]) -> None:
-  """Adapters and partly frozen models mean nothing on other weights."""
-  if path and meta.get("frozen") not in (None, hf.fingerprint(path)):
-    raise CheckpointError(
-      f"{path}: not the weights that the run started from, which it did not"
-      " train and did not save"
-    )
-
-
-def _shapes(folder: pathlib.Path) -> tuple[types.ModuleType, Any, Any]:
-  """Family, config, and `{"params": ...}` of shapes, over all devices."""
-  module, config = hf.read_config(folder)
-  model = module.Model(config)
-  abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
-  places = sharding.shard_tree(abstract, sharding.make_mesh(data=1, fsdp=-1))
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    places,
-  )
-  return module, config, abstract
-
-
-def _load_hf(folder: pathlib.Path) -> _Source:
-  module, config, abstract = _shapes(folder)
-  abstract = hf.as_stored(folder, module.HF_NAMES, abstract)
-  variables = hf.load_variables(folder, module.HF_NAMES, abstract)
-  return _Source(module, config, variables, lambda to: _copy_rest(folder, to))
-
-
-def _load_orbax(folder: pathlib.Path) -> _Source:
-  module, config, abstract = _shapes(folder)
-  place = folder / _VARIABLES
-  try:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-      saved = dict(reader.metadata(place).item_metadata.tree)
-      wanted = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(
-          s.shape, s.dtype, sharding=x.sharding
-        ),
-        abstract,
-        saved,
-      )
-      _check_shapes(place, abstract, wanted)
-      variables = reader.restore(place, args=ocp.args.StandardRestore(wanted))
-  except CheckpointError:
-    raise
-  except Exception as e:  # of damaged arrays orbax raises no narrower one
-    reason = " ".join(str(e).split())[:300]
-    raise CheckpointError(f"{place}: cannot be restored: {reason}") from e
-  return _Source(module, config, variables, lambda to: _copy_rest(folder, to))
-
-
-def _check_shapes(place, abstract, saved) -> None:
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(saved)
-  ):
-    if x.shape != tuple(y.shape):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise CheckpointError(
-        f"{place}: {name} has shape {list(y.shape)}, the config asks for"
-        f" {list(x.shape)}"
-      )
-
-
-def _write(loaded: _Source, target, form, cast, max_shard_bytes) -> None:
+def _write(loaded: Source, target, form, cast, max_shard_bytes) -> None:
   module, config, variables, extras = loaded
   if form == "hf":
     adapters = variables.get("lora")
@@ -258,7 +124,7 @@ def _write(loaded: _Source, target, form, cast, max_shard_bytes) -> None:
     (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     extras(str(part))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-      writer.save(part / _VARIABLES, args=ocp.args.StandardSave(variables))
+      writer.save(part / VARIABLES, args=ocp.args.StandardSave(variables))
 
 
 def _rewrite(source, target, cast, max_shard_bytes) -> None:
@@ -280,12 +146,4 @@ def _rewrite(source, target, cast, max_shard_bytes) -> None:
     if cast is not None:
       about |= dtype_entries(tensors)
     (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    _copy_rest(source, part)
-
-
-def _copy_rest(source: pathlib.Path, to: str | os.PathLike) -> None:
-  for file in source.iterdir():
-    wanted = file.suffix in _KEPT or file.name.startswith(_LICENSES)
-    weights = file.name.endswith(".index.json") or file.name == INDEX
-    if file.is_file() and wanted and not weights and file.name != "config.json":
-      shutil.copyfile(file, pathlib.Path(to) / file.name)
+    copy_rest(source, part)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hf_cases import ROOT, load, random_folder, rewrite, same_bytes, tensors
 
-from dpo_jax import convert as convert_module
+from dpo_jax import convert_sources
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import from_dict
 from dpo_jax.config_file import defaults
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_folder(
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(hf_write, "_write_file", full)
-  monkeypatch.setattr(convert_module.shutil, "copyfile", full)
+  monkeypatch.setattr(convert_sources.shutil, "copyfile", full)
   with pytest.raises(CheckpointError, match="No space left"):
     convert(folder, target, form=form)
   assert files(target) == before and alone(target)

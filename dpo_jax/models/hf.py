@@ -14,7 +14,8 @@ from typing import Any
 
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models.hf_files import read_object
-from dpo_jax.models.hf_read import as_stored, load_variables
+from dpo_jax.models.hf_fit import as_stored
+from dpo_jax.models.hf_read import load_variables
 from dpo_jax.models.hf_write import save_checkpoint
 
 __all__ = [

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.traverse_util as traverse
@@ -20,37 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from dpo_jax.errors import CheckpointError
 from dpo_jax.models import layout
 from dpo_jax.models.hf_files import Folder
-from dpo_jax.models.hf_names import differences
+from dpo_jax.models.hf_fit import Index, Leaf, bytes_of, check, leaves_of
 from dpo_jax.progress import byte_bar
 
-Index = tuple[slice, ...]
 _ALIGNED = 64  # bytes; what jax takes over without a copy
-
-
-class _Leaf(NamedTuple):
-  """An array of ours, and where it comes from."""
-
-  path: str
-  name: str  # theirs, with a `{}` for each stacked axis
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  sharding: jax.sharding.Sharding
-
-  def stacked(self) -> int:
-    return layout.stacked_axes(self.name)
-
-  def parts(self) -> dict[tuple, tuple[Index, list[jax.Device]]]:
-    """Each different part of the array that this process's devices hold."""
-    found: dict[tuple, tuple[Index, list[jax.Device]]] = {}
-    held = self.sharding.addressable_devices_indices_map(self.shape)
-    for device, index in held.items():
-      index = tuple(slice(*s.indices(n)) for s, n in zip(index, self.shape))
-      key = tuple((s.start, s.stop) for s in index)
-      found.setdefault(key, (index, []))[1].append(device)
-    return found
 
 
 def load_variables(
@@ -80,11 +55,11 @@ def load_variables(
   """
   path = pathlib.Path(path)
   folder = Folder(path)
-  leaves = _leaves(names, abstract)
-  _check(folder, leaves, names)
+  leaves = leaves_of(names, abstract)
+  check(folder, leaves, names)
   with contextlib.ExitStack() as stack:
     if on_read is None:
-      total = sum(_bytes(folder, leaf) for leaf in leaves)
+      total = sum(bytes_of(folder, leaf) for leaf in leaves)
       on_read = stack.enter_context(byte_bar(total, f"loading {path.name}"))
     workers = min(8, os.cpu_count() or 1)
     pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
@@ -94,82 +69,11 @@ def load_variables(
   return {"params": traverse.unflatten_dict(loaded, sep="/")}
 
 
-def as_stored(
-  path: str | os.PathLike, names: dict[str, str], abstract: Any
-) -> Any:
-  """`abstract` with the dtypes that the files have; where the layers of one
-  array differ, the dtype that holds all of them.
-
-  Raises:
-    CheckpointError: as `load_variables`.
-  """
-  folder = Folder(path)
-  leaves = _leaves(names, abstract)
-  _check(folder, leaves, names)
-  out = {}
-  for leaf in leaves:
-    found = {folder.dtype(name) for name in _tensors(leaf)}
-    dtype = jnp.result_type(*sorted(found, key=str))
-    out[leaf.path] = jax.ShapeDtypeStruct(
-      leaf.shape, dtype, sharding=leaf.sharding
-    )
-  return {"params": traverse.unflatten_dict(out, sep="/")}
-
-
-def _leaves(names, abstract) -> list[_Leaf]:
-  first = SingleDeviceSharding(jax.local_devices()[0])
-  return [
-    _Leaf(path, names[path], x.shape, np.dtype(x.dtype), x.sharding or first)
-    for path, x in traverse.flatten_dict(abstract["params"], sep="/").items()
-  ]
-
-
-def _tensors(leaf: _Leaf) -> Iterator[str]:
-  for index in layout.indices(leaf.name, leaf.shape):
-    yield leaf.name.format(*index)
-
-
-def _check(folder: Folder, leaves: list[_Leaf], names: dict[str, str]) -> None:
-  wanted = {name: leaf for leaf in leaves for name in _tensors(leaf)}
-  # Some writers store buffers, or the tied output embedding, once more.
-  extra = {
-    name
-    for name in folder.tensors.keys() - wanted.keys() - {names["unembed"]}
-    if "rotary_emb" not in name
-  }
-  missing = wanted.keys() - folder.tensors.keys()
-  if missing or extra:
-    raise CheckpointError(
-      f"{folder.path}: weights do not fit the config; "
-      + differences(missing, extra)
-    )
-  for name, leaf in wanted.items():
-    folder.dtype(name)
-    shape = folder.tensors[name].shape
-    expected = layout.hf_shape(leaf.path, leaf.shape[leaf.stacked() :])
-    if shape != expected:
-      raise CheckpointError(
-        f"{folder.path}: {name} has shape {list(shape)}, the config asks for"
-        f" {list(expected)}"
-      )
-
-
-def _bytes(folder: Folder, leaf: _Leaf) -> int:
-  """Bytes of the files that this process needs for a leaf."""
-  one = math.prod(leaf.shape[leaf.stacked() :])
-  stored = sum(one * folder.dtype(name).itemsize for name in _tensors(leaf))
-  share = sum(
-    math.prod(s.stop - s.start for s in index)
-    for index, _ in leaf.parts().values()
-  )
-  return stored * share // max(1, math.prod(leaf.shape))
-
-
 class _Reader(NamedTuple):
   """Copies parts of one leaf out of the files."""
 
   folder: Folder
-  leaf: _Leaf
+  leaf: Leaf
   pool: concurrent.futures.Executor
   on_read: Callable[[int], None]
 
