@@ -29,12 +29,22 @@ from typing import NamedTuple
 import jax
 
 
+class Router(NamedTuple):
+  """How a mixture of experts was used, summed over the tokens of a row and
+  over the layers; see `models.moe.balance`."""
+
+  load: jax.Array  # f32[B E], how often each expert was chosen
+  probs: jax.Array  # f32[B E], its probabilities
+  tokens: jax.Array  # f32[B]
+
+
 class Scores(NamedTuple):
   """What a model says of every response of a batch, f32[B M K] each."""
 
   logps: jax.Array  # summed log-probs; 0 for a response that is not there
   tails: jax.Array | None = None  # beyond the other response's length, see LD
   confidence: jax.Array | None = None  # without gradient, see WPO
+  router: Router | None = None  # of the rows and not of their responses
 
 
 class Batch(NamedTuple):

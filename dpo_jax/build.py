@@ -67,6 +67,7 @@ def build(config: Config) -> Built:
       attention=c.attention,
       pin_activations=pins.activations,
       pin_weights=pins.weights,
+      place_experts=pins.experts,
     )
     shape = shape or family.Config(
       vocab_size=tokenizer.vocab_size,
@@ -78,6 +79,7 @@ def build(config: Config) -> Built:
       head_dim=c.width // c.heads,
       max_length=config.data.max_length,
       tied=c.tied,
+      **_experts(config, family),
     )
   except ValueError as e:
     raise ConfigError(f"config.model: {e}") from e
@@ -105,6 +107,18 @@ def build(config: Config) -> Built:
   )
   score = make_score(model, tile=c.head_tile, place_head=pins.head)
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def _experts(config, family) -> dict[str, int]:
+  """What of experts was asked for, from scratch."""
+  c = config.model
+  asked = {"experts": c.experts, "experts_per_token": c.experts_per_token}
+  asked = {key: n for key, n in asked.items() if n}
+  if asked and family.Config.experts is None:
+    raise ConfigError(
+      f"config.model.{next(iter(asked))}: family {c.family!r} has no experts"
+    )
+  return asked
 
 
 def _lora(config: Config) -> Lora | None:

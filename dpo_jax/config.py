@@ -23,6 +23,8 @@ class Model:
   kv_heads: int = 2
   ffn: int = 344
   tied: bool = True
+  experts: int = 0  # of a family that has them, and a token's; 0: its own
+  experts_per_token: int = 0
   dtype: str = "float32"  # of activations: float32 or bfloat16
   param_dtype: str = "float32"  # of weights and optimizer; adapters: float32
   remat: str = "none"  # "block" recomputes each layer in the backward
@@ -84,6 +86,7 @@ class Optim:
 class Train:
   batch_size: int = 64  # examples a step, over all devices
   microbatches: int = 1  # parts of it that run one after another
+  router_balance: float = 0.0  # weight of the loss that keeps experts busy
   epochs: float = 1.0
   steps: int = 0  # instead of epochs, where above 0
   eval_batch_size: int = 0  # 0: batch_size

@@ -38,6 +38,10 @@ class Run:
       )
     self.built = built or build(config)
     mesh = self.built.mesh
+    if config.train.router_balance and not self.built.model.router:
+      raise ConfigError(
+        "config.train.router_balance: this model has no experts to balance"
+      )
     self.data = load_data(config, self.built, self.loss)
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
@@ -65,6 +69,7 @@ class Run:
         tx=self.tx,
         join=self.trainable.join,
         dropout_seed=_dropout_seed(config, self.built),
+        router_balance=config.train.router_balance,
         microbatches=config.train.microbatches,
         sync_every=config.reference.sync_every,
         sync_mixup=config.reference.sync_mixup,

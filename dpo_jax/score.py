@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from dpo_jax import logps
-from dpo_jax.batch import Batch, Scores
+from dpo_jax.batch import Batch, Router, Scores
 
 
 class Score(Protocol):
@@ -19,6 +19,7 @@ class Score(Protocol):
     *,
     tails: bool = False,
     confidence: bool = False,
+    router: bool = False,
     dropout: Any = None,
   ) -> Scores: ...
 
@@ -34,14 +35,16 @@ def make_score(
   Args:
     model: with `apply(variables, tokens, positions, key_start, key_end)` to
       hidden states f[B T D], and `unembed(variables)` to f[V D]; `logit_cap`,
-      where it has one, bounds logits (`logps.capped`).
+      where it has one, bounds logits (`logps.capped`). One with a true
+      `router` fills the collection of that name where it is mutable.
     tile: rows of logits alive at once.
     place_head: wraps the head for a mesh (`sharding.Pins.head`).
 
   Returns:
     `score(variables, batch)`: `Scores` f32[B M K]; 0 for a response that is
-    not there. `tails` and `confidence` ask for these two as well; `dropout`
-    is a key for what adapters are not to see.
+    not there. `tails`, `confidence` and `router` ask for these as well; a
+    model without experts has no `router`. `dropout` is a key for what adapters
+    are not to see.
   """
 
   cap = getattr(model, "logit_cap", None)
@@ -65,19 +68,27 @@ def make_score(
     *,
     tails: bool = False,
     confidence: bool = False,
+    router: bool = False,
     dropout: Any = None,
   ) -> Scores:
-    hidden = model.apply(
-      variables, batch.tokens, batch.positions, batch.key_start, batch.key_end,
-      **({} if dropout is None else {"rngs": {"dropout": dropout}}),
-    )  # fmt: skip
+    inputs = batch.tokens, batch.positions, batch.key_start, batch.key_end
+    options = {} if dropout is None else {"rngs": {"dropout": dropout}}
+    used = None
+    if router and getattr(model, "router", False):
+      options["mutable"] = ["router"]
+      hidden, sown = model.apply(variables, *inputs, **options)
+      used = Router(**{name: x for name, (x,) in sown["router"].items()})
+    else:
+      hidden = model.apply(variables, *inputs, **options)
     # Before the unembedding: prompts and padding never meet the vocabulary.
     hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
     unembed = model.unembed(variables)
-    if not confidence:
-      return summed(plain(hidden, unembed, batch.target), batch, tails=tails)
-    tokens, squares = with_squares(hidden, unembed, batch.target)
-    return summed(tokens, batch, tails=tails, squares=squares)
+    if confidence:
+      tokens, squares = with_squares(hidden, unembed, batch.target)
+    else:
+      tokens, squares = plain(hidden, unembed, batch.target), None
+    scores = summed(tokens, batch, tails=tails, squares=squares)
+    return scores._replace(router=used)
 
   return score
 

@@ -30,6 +30,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
   (r"mlp/(gate|up)/bias$", P("tensor")),
   (r"mlp/down/kernel$", P("tensor", "fsdp")),
+  (r"mlp/router/kernel$", P("fsdp", None)),
+  (r"mlp/experts/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+  (r"mlp/experts/down/kernel$", P(None, "tensor", "fsdp")),
   # Adapters are small: split only where what they multiply is.
   (r"attention/[qkv]/b$", P(None, "tensor", None)),
   (r"attention/o/a$", P("tensor", None, None)),
@@ -105,26 +108,22 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Pins:
-  """What the model is told of the mesh: three constraints, no axis names."""
+  """What the model is told of the mesh: constraints, no axis names."""
 
   mesh: Mesh
 
   def activations(self, x: jax.Array) -> jax.Array:
     """Pins f[B ...] to the batch axes, or GSPMD may move tokens of a pair."""
-    spec = P(BATCH) if x.shape[0] % batch_shards(self.mesh) == 0 else P()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+    sharding = NamedSharding(self.mesh, self._rows(x))
+    return jax.lax.with_sharding_constraint(x, sharding)
 
   def weights(self, weights: Any) -> Any:
     """Gathers one layer's weights over fsdp, here and not earlier."""
 
-    def gather(path, leaf):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      spec = spec_for(name, leaf.shape, self.mesh)
-      spec = P(*(None if axis == "fsdp" else axis for axis in spec))
-      sharding = NamedSharding(self.mesh, spec)
-      return jax.lax.with_sharding_constraint(leaf, sharding)
-
-    return jax.tree_util.tree_map_with_path(gather, weights)
+    shardings = jax.tree.map(
+      lambda spec: NamedSharding(self.mesh, spec), self._gathered(weights)
+    )
+    return jax.lax.with_sharding_constraint(weights, shardings)
 
   def head(self, function: Any) -> Any:
     """Runs `function(hidden f[B S D], head f[V D], target i32[B S])` on local
@@ -138,6 +137,47 @@ class Pins:
       out_specs=split,
       check_vma=False,
     )
+
+  def experts(self, function: Any) -> Any:
+    """Runs `function(x f[B T D], probs f32[B T E], kernels)` (see
+    `models.moe.run_experts`) on local tokens, which a sort over all would move
+    between devices. Each device of `tensor` has a part of the experts' ffn and
+    so of the sums that the first output is."""
+
+    def run(x, probs, kernels):
+      rows = self._rows(x)
+      specs = self._gathered(kernels, "mlp/experts/")
+      parts = "tensor" if "tensor" in specs["down"]["kernel"] else None
+
+      def local(*inputs):
+        y, chosen = function(*inputs)
+        return y[None], chosen
+
+      # Added outside: the gradient of a sum inside would be added once more.
+      y, chosen = jax.shard_map(
+        local,
+        mesh=self.mesh,
+        in_specs=(rows, rows, specs),
+        out_specs=(P(parts, *rows), rows),
+        check_vma=False,
+      )(x, probs, kernels)
+      return y.sum(axis=0), chosen
+
+    return run
+
+  def _rows(self, x):
+    whole = x.shape[0] % batch_shards(self.mesh) == 0
+    return P(BATCH) if whole else P()
+
+  def _gathered(self, weights, under=""):
+    """Specs of a layer's weights that lie whole on every device of fsdp."""
+
+    def one(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      spec = spec_for(under + name, leaf.shape, self.mesh)
+      return P(*(None if axis == "fsdp" else axis for axis in spec))
+
+    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

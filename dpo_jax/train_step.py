@@ -11,6 +11,7 @@ import optax
 from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
 from dpo_jax.batch import Batch, Scores
+from dpo_jax.models import moe
 from dpo_jax.score import Score
 from dpo_jax.trainable import join
 
@@ -40,6 +41,7 @@ def train_step(
   tx: optax.GradientTransformation,
   join: Callable[[Variables, Variables], Variables] = join,
   dropout_seed: int | None = None,
+  router_balance: float = 0.0,
   microbatches: int = 1,
   sync_every: int = 0,
   sync_mixup: float = 0.0,
@@ -61,6 +63,7 @@ def train_step(
     tx: optimizer.
     join: (frozen, trained) -> the policy's variables, see `trainable.py`.
     dropout_seed: of adapters with dropout; None drops nothing.
+    router_balance: weight of `models.moe.balance`, for a model with experts.
     microbatches: parts of the batch that are run one after another; changes
       memory and no number.
     sync_every: steps after which the state's reference is mixed with the
@@ -76,10 +79,11 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
 
   def policy_scores(params, part, number):
-    part_key = None if key is None else jax.random.fold_in(key, number)
-    return _policy_scores(
-      score, loss, join(frozen or {}, params), part, part_key
-    )
+    options = {"router": True} if router_balance else {}
+    if key is not None:
+      options["dropout"] = jax.random.fold_in(key, number)
+    variables = join(frozen or {}, params)
+    return _policy_scores(score, loss, variables, part, **options)
 
   reference_scores = functools.partial(
     _reference_scores, score, loss, reference
@@ -92,11 +96,16 @@ def train_step(
   def objective(policy, reference, part):
     out = loss(**inputs(policy, reference, part))
     sums = losses.reduce(out, part.weights)
-    return (sums["loss"].total / counts).sum(), (sums, out.state)
+    total = (sums["loss"].total / counts).sum()
+    if router_balance:
+      unbalance = moe.balance(*policy.router)
+      total += router_balance * unbalance
+      sums["aux_loss"] = losses.Sums(unbalance, jnp.float32(1))
+    return total, (sums, out.state)
 
   grads, (sums, loss_state) = accumulate(
     policy_scores, reference_scores, objective, state.params, batch,
-    microbatches, coupled=loss.batch_coupled,
+    microbatches, coupled=loss.batch_coupled or router_balance > 0,
   )  # fmt: skip
   # Parts add up in float32; the optimizer's state has the dtype of the weights.
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
@@ -131,8 +140,7 @@ def train_step(
   return state, sums
 
 
-def _policy_scores(score, loss, variables, batch, key=None):
-  options = {} if key is None else {"dropout": key}
+def _policy_scores(score, loss, variables, batch, **options):
   return score(
     variables, batch,
     tails=loss.reads_tails, confidence=loss.reads_confidence, **options,

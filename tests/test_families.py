@@ -220,7 +220,7 @@ def test_a_feature_that_is_lost_shows_in_the_golden_logits(name, change):
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]},
      "window=None"),
     ("qwen3", {"hidden_act": "relu"}, "'relu'; qwen3 has 'silu'"),
-    ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe'"),
+    ("qwen3", {"model_type": "qwen2_moe"}, "'qwen2_moe'"),
     ("mistral", {"sliding_window": 0}, "window=0"),
     ("mistral", {"sliding_window": "8"}, "window='8'"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"],

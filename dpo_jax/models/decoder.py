@@ -26,6 +26,7 @@ from dpo_jax.models.layers import (
   RMSNorm,
   SelfAttention,
 )
+from dpo_jax.models.moe import ROUTER, RoutedMLP
 from dpo_jax.models.rope import RopeScaling, rope_frequencies
 
 Cache = tuple[jax.Array, jax.Array]
@@ -66,6 +67,9 @@ class Config:
   norm_plus_one: bool = False  # norms multiply by 1 + scale
   post_norms: bool = False  # norms also after attention and after the MLP
   scaled_embed: bool = False  # embeddings times sqrt(width)
+  experts: int | None = None  # MLPs that tokens choose from; None: one for all
+  experts_per_token: int = 2
+  norm_topk: bool = True  # the chosen experts' weights add up to 1
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -85,6 +89,14 @@ class Config:
       object.__setattr__(self, "query_scalar", self.head_dim)
     if any(local) and self.window is None:
       raise ValueError("layers with a sliding window, and window=None")
+    if self.experts is not None:
+      if not 0 < self.experts_per_token <= self.experts:
+        raise ValueError(
+          f"experts_per_token={self.experts_per_token} of"
+          f" experts={self.experts}"
+        )
+      if self.mlp_bias:
+        raise ValueError("experts with mlp_bias are not supported")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +111,8 @@ class Compute:
   # without the layer axis) to the mesh; see sharding.py.
   pin_activations: Callable[[jax.Array], jax.Array] = lambda x: x
   pin_weights: Callable[[Any], Any] = lambda w: w
+  # Wraps the experts so that each device routes its own tokens.
+  place_experts: Callable[[Any], Any] = lambda function: function
 
   def __post_init__(self):
     if self.remat not in REMAT:
@@ -138,7 +152,17 @@ class Block(nn.Module):
     )
     x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
     y = norm(name="mlp_norm")(x)
-    y = GatedMLP(c.width, c.ffn, c.activation, c.mlp_bias, dtype, name="mlp")(y)
+    if c.experts is None:
+      mlp = GatedMLP(
+        c.width, c.ffn, c.activation, c.mlp_bias, dtype, name="mlp"
+      )
+      y = mlp(y)
+    else:
+      mlp = RoutedMLP(
+        c.width, c.ffn, c.experts, c.experts_per_token, c.norm_topk,
+        c.activation, dtype, self.compute.place_experts, name="mlp",
+      )  # fmt: skip
+      y = mlp(y, key_end > key_start)
     x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
     return x, cache
 
@@ -173,6 +197,8 @@ class Decoder(nn.Module):
 
     Returns:
       f[B T D], normalised; with a cache also the cache, these tokens added.
+      With experts and a mutable collection "router", what `moe.RoutedMLP`
+      sows there, summed over the layers.
     """
     c, compute = self.config, self.compute
     embed = self.param(
@@ -200,22 +226,29 @@ class Decoder(nn.Module):
     keys = None
     if self.has_rng("dropout"):
       keys = jax.random.split(self.make_rng("dropout"), c.layers)
+    sows = self.router and self.is_mutable_collection(ROUTER)
+    sows = sows and not self.is_initializing()  # variables are weights alone
 
     def one_layer(x, layer):
       weights, adapters, key, local, cache = layer
       freqs, seen = _of_layer(c, local, window)
-      x, cache = block.apply(
+      out = block.apply(
         {"params": compute.pin_weights(weights), "lora": adapters},
         x, positions, freqs, key_start, key_end, seen, cache, cache_index,
+        mutable=[ROUTER] if sows else False,
         rngs=None if key is None else {"dropout": key},
       )  # fmt: skip
-      return pin(x), cache
+      (x, cache), sown = out if sows else (out, None)
+      return pin(x), (cache, sown)
 
     if compute.remat == "block":
       one_layer = jax.checkpoint(one_layer)
-    x, new_cache = jax.lax.scan(
+    x, (new_cache, sown) = jax.lax.scan(
       one_layer, x, (layers, adapters, keys, jnp.asarray(c.local), cache)
     )
+    if sows:
+      for name, (each,) in sown[ROUTER]["mlp"].items():
+        self.sow(ROUTER, name, each.sum(axis=0))
     norm = RMSNorm(
       c.norm_epsilon, compute.param_dtype, c.norm_plus_one, name="norm"
     )
@@ -225,6 +258,11 @@ class Decoder(nn.Module):
   def logit_cap(self) -> float | None:
     """Logits are cap * tanh(hidden @ unembed.T / cap); None: as they are."""
     return self.config.logit_cap
+
+  @property
+  def router(self) -> bool:
+    """Whether tokens are routed to experts."""
+    return self.config.experts is not None
 
   @nn.nowrap
   def unembed(self, variables: Any) -> jax.Array:

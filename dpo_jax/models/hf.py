@@ -32,7 +32,16 @@ __all__ = [
 # model_type of config.json -> module with HF_NAMES, config_from_hf, ...
 FAMILIES = {
   name: f"dpo_jax.models.{name}"
-  for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+  for name in (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+  )
 }
 
 

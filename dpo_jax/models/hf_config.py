@@ -5,7 +5,7 @@ config class. What would change a number and is not supported is refused.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.models.decoder import Config
 from dpo_jax.models.rope import rope_from_hf, rope_scaling_to_hf
@@ -13,7 +13,21 @@ from dpo_jax.models.rope import rope_from_hf, rope_scaling_to_hf
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
-def names(*, norms: dict[str, str], biases: str = "") -> dict[str, str]:
+class ExpertNames(NamedTuple):
+  """What a family calls its experts in a checkpoint."""
+
+  mlp: str
+  gate: str
+  up: str
+  down: str
+
+
+def names(
+  *,
+  norms: dict[str, str],
+  biases: str = "",
+  experts: ExpertNames | None = None,
+) -> dict[str, str]:
   """Where each weight lives in a Hugging Face checkpoint.
 
   Kernels are stored there as [out, in] matrices; layout.py does the turning.
@@ -21,9 +35,10 @@ def names(*, norms: dict[str, str], biases: str = "") -> dict[str, str]:
   Args:
     norms: our names of the layer's norms over the width to theirs.
     biases: projections that can have one, of "qkvo" and "gud" (the MLP's).
+    experts: instead of one MLP a layer.
   """
   layer = "model.layers.{}."
-  mlp = ("gate", "up", "down")
+  mlp = () if experts else ("gate", "up", "down")
   found = {
     "embed": "model.embed_tokens.weight",
     "unembed": "lm_head.weight",
@@ -40,6 +55,13 @@ def names(*, norms: dict[str, str], biases: str = "") -> dict[str, str]:
       found[f"layers/{part}/{x}/kernel"] = f"{to}.weight"
       if x[0] in biases:
         found[f"layers/{part}/{x}/bias"] = f"{to}.bias"
+  if experts:
+    to = f"{layer}{experts.mlp}."
+    found["layers/mlp/router/kernel"] = f"{to}gate.weight"
+    for x in ("gate", "up", "down"):
+      found[f"layers/mlp/experts/{x}/kernel"] = (
+        f"{to}experts.{{}}.{getattr(experts, x)}.weight"
+      )
   return found
 
 
@@ -135,6 +157,36 @@ def local_layers(
       f"{len(kinds)} layer_types for {hf['num_hidden_layers']} layers"
     )
   return tuple(kind == LOCAL for kind in kinds)
+
+
+def one_window(hf: dict[str, Any], window: int | None) -> dict[str, Any]:
+  """`window` and `local` of Config, where all layers are alike.
+
+  Raises:
+    ValueError: `layer_types` that say otherwise.
+  """
+  everywhere = (window is not None,) * hf["num_hidden_layers"]
+  if local_layers(hf, everywhere) != everywhere:
+    # transformers warns or reads nothing of it, and all layers are alike.
+    raise ValueError("layer_types that differ from layer to layer")
+  return {"window": window, "local": everywhere}
+
+
+def expert_fields(hf: dict[str, Any], otherwise: int) -> dict[str, Any]:
+  """Fields of Config about experts, of a file that has `num_experts_per_tok`.
+
+  The number of experts has one name in transformers 4 and two in 5.
+
+  Raises:
+    ValueError: two numbers of experts, or one that is none.
+  """
+  names = "num_experts", "num_local_experts"
+  count, *others = [hf[name] for name in names if name in hf] or [otherwise]
+  if others and others[0] != count:
+    raise ValueError(f"{names[0]}={count!r} and {names[1]}={others[0]!r}")
+  if type(count) is not int or count < 1:
+    raise ValueError(f"experts={count!r} should be a size")
+  return {"experts": count, "experts_per_token": hf["num_experts_per_tok"]}
 
 
 def write(

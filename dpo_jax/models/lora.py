@@ -28,7 +28,7 @@ from dpo_jax.models import layout
 
 Tree = dict[str, Any]
 TRAINED = ("a", "b")
-_KERNEL = re.compile(r"layers/(?:attention|mlp)/(\w+)/kernel")
+_KERNEL = re.compile(r"layers/(?:attention/([qkvo])|mlp/(gate|up|down))/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lora:
     rank: R, at least 1.
     alpha: the adapter's product is multiplied by alpha / rank.
     targets: projections that have one, of q, k, v, o, gate, up and down;
-      empty: all that the model has.
+      empty: all that the model has (experts have none).
     dropout: share of a projection's inputs that its adapter does not see while
       training.
     rslora: alpha / sqrt(rank) instead (2312.03732).
@@ -77,7 +77,7 @@ def targets(params: Tree, lora: Lora) -> dict[str, str]:
   known = {}
   for path in traverse.flatten_dict(params, sep="/"):
     if match := _KERNEL.fullmatch(path):
-      known[path.removesuffix("/kernel")] = match[1]
+      known[path.removesuffix("/kernel")] = match[1] or match[2]
   for name in lora.targets:
     if name not in known.values():
       raise ConfigError(

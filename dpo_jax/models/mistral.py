@@ -27,16 +27,10 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     ValueError: something that this family does not have.
   """
   hf = hf_config.read(hf, _ARCHITECTURE, _DEFAULTS)
-  windowed = hf["sliding_window"] is not None
-  everywhere = (windowed,) * hf["num_hidden_layers"]
-  if hf_config.local_layers(hf, everywhere) != everywhere:
-    # transformers warns, and gives every layer the window.
-    raise ValueError("layer_types that differ from layer to layer")
   return Config(
     **hf_config.shared_fields(hf, activation="silu"),
     **hf_config.rope_fields(hf),
-    window=hf["sliding_window"],
-    local=(windowed,),
+    **hf_config.one_window(hf, hf["sliding_window"]),
   )
 
 

@@ -28,6 +28,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0}
 TYPES = [
   "full_attention", "sliding_attention", "sliding_attention", "full_attention"
 ]  # fmt: skip
+EXPERTS = {"num_local_experts": 5, "initializer_range": 0.3}
+QWEN3_MOE = EXPERTS | {"family": "qwen3_moe", "moe_intermediate_size": 24}
 CHECKPOINTS = {
   "plain": {},
   "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
@@ -50,6 +52,21 @@ CHECKPOINTS = {
   "qwen3_windowed": {
     "family": "qwen3", "head_dim": 6, "num_hidden_layers": 4,
     "layer_types": TYPES, "rope_parameters": LLAMA3, **WINDOWED,
+  },
+  "mixtral": {"family": "mixtral", "rms_norm_eps": 1e-3, **EXPERTS},
+  "mixtral_windowed": {
+    "family": "mixtral", "sliding_window": 19, "head_dim": 12,
+    "tie_word_embeddings": True, "rope_parameters": LINEAR,
+    "num_experts_per_tok": 3, **EXPERTS,
+  },
+  "qwen3_moe": {
+    "num_experts_per_tok": 3, "norm_topk_prob": False, "head_dim": 16,
+    "attention_bias": True, **QWEN3_MOE,
+  },
+  "qwen3_moe_windowed": {
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 6,
+    "num_hidden_layers": 3, "tie_word_embeddings": True,
+    "rope_parameters": LLAMA3, **WINDOWED, **QWEN3_MOE,
   },
   "gemma2": {
     "family": "gemma2", "head_dim": 16, "sliding_window": 11,
