@@ -49,13 +49,16 @@ def kind_of(folder: pathlib.Path) -> str:
   Raises:
     CheckpointError: none of these.
   """
-  about = read_object(folder / "config.json")
+  expected = "expected a run's work directory, or a folder of a model"
+  file = folder / "config.json"
+  if not file.is_file():
+    raise CheckpointError(f"{folder}: no config.json there; {expected}")
+  about = read_object(file)
   if "identity" in about and "config" in about:
     return "run"
   if "model_type" not in about:
     raise CheckpointError(
-      f"{folder}/config.json is neither of a run nor of a model; expected a"
-      " run's work directory, or a folder with config.json and weights"
+      f"{file} is neither of a run nor of a model; {expected}"
     )
   return "orbax" if (folder / VARIABLES).is_dir() else "hf"
 
