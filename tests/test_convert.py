@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_folder(
 
 
 def test_what_is_no_checkpoint_is_refused(folder, run, tmp_path):
-  with pytest.raises(CheckpointError, match="none: no config.json there"):
+  with pytest.raises(CheckpointError, match="none: no config"):
     convert(tmp_path / "none", tmp_path / "out")
   with pytest.raises(ConfigError, match="has no step"):
     convert(folder, tmp_path / "out", step=3)
