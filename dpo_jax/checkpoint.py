@@ -6,6 +6,7 @@ arrays is refused with both sides named.
 """
 
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -96,20 +97,78 @@ class Checkpoints:
 
   def _check_arrays(self, step, abstract) -> None:
     """Orbax alone would cast to another dtype silently."""
-    saved, wanted = self.meta(step)["arrays"], _describe(abstract)
-    wrong = [
-      f"{name}: saved {saved.get(name, 'nothing')}, this run has"
-      f" {wanted.get(name, 'nothing')}"
-      for name in sorted(saved.keys() | wanted.keys())
-      if saved.get(name) != wanted.get(name)
-    ]
-    if wrong:
-      more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-      raise CheckpointError(
-        f"{self.directory}: step {step} does not fit: "
-        + "; ".join(wrong[:3])
-        + more
+    saved = self.meta(step)["arrays"]
+    _check_fits(f"{self.directory}: step {step}", saved, _describe(abstract))
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+  """Steps of the complete checkpoints, in order. Unlike `Checkpoints`, this
+  leaves alone what a run that is still going is writing."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+  """The JSON document of a step; writes nothing.
+
+  Raises:
+    CheckpointError: damaged.
+  """
+  place = pathlib.Path(directory).absolute() / str(step)
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      return reader.restore(place / "meta")
+  except Exception as e:  # of damaged files orbax raises no narrower one
+    raise _unreadable(place, e) from e
+
+
+def read_trained(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
+  """Reads what a step holds of the policy, and nothing of the optimizer.
+
+  Args:
+    directory: of the checkpoints; nothing is written there.
+    step: one of `saved_steps`.
+    abstract: the trained variables as shapes, dtypes and shardings.
+
+  Raises:
+    CheckpointError: damaged, or other arrays are trained.
+  """
+  place = pathlib.Path(directory).absolute() / str(step)
+  wanted = {"params": abstract}
+  saved = read_meta(directory, step)["arrays"]
+  saved = {k: v for k, v in saved.items() if k.startswith("params/")}
+  _check_fits(f"{directory}: step {step}", saved, _describe(wanted))
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
       )
+      return reader.restore(place / "state", args=args)["params"]
+  except Exception as e:
+    raise _unreadable(place, e) from e
+
+
+def _unreadable(place: pathlib.Path, error: Exception) -> CheckpointError:
+  reason = " ".join(str(error).split())[:300]
+  return CheckpointError(f"{place}: cannot be restored: {reason}")
+
+
+def _check_fits(where: str, saved: dict[str, str], wanted: dict[str, str]):
+  wrong = [
+    f"{name}: saved {saved.get(name, 'nothing')}, this run has"
+    f" {wanted.get(name, 'nothing')}"
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
+  ]
+  if wrong:
+    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    raise CheckpointError(
+      f"{where} does not fit: " + "; ".join(wrong[:3]) + more
+    )
 
 
 def _describe(state: Any) -> dict[str, str]:

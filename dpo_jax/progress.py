@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -125,12 +125,8 @@ class Progress:
       print(text, file=self.stream, flush=True)
 
   def _make_bar(self, start_step: int) -> Any:
-    is_terminal = getattr(self.stream, "isatty", lambda: False)
-    if not is_terminal():
-      return None
-    try:
-      from tqdm import tqdm
-    except ImportError:
+    tqdm = _bar_of(self.stream)
+    if tqdm is None:
       return None
     return tqdm(
       total=self.total_steps,
@@ -141,3 +137,40 @@ class Progress:
         "step {n_fmt}/{total_fmt} {bar} {elapsed} eta {remaining}  {postfix}"
       ),
     )
+
+
+@contextlib.contextmanager
+def byte_bar(
+  total: int, what: str, stream: TextIO | None = None, *, delay: float = 2.0
+) -> Iterator[Callable[[int], None]]:
+  """Yields a function to call with every number of bytes done. On a terminal,
+  what takes longer than `delay` seconds gets a bar; elsewhere nothing shows."""
+  stream = sys.stderr if stream is None else stream
+  tqdm = _bar_of(stream)
+  if tqdm is None:
+    yield lambda size: None
+    return
+  with tqdm(
+    total=total,
+    desc=what,
+    unit="B",
+    unit_scale=True,
+    unit_divisor=1024,
+    delay=delay,
+    leave=False,
+    file=stream,
+    dynamic_ncols=True,
+  ) as bar:
+    yield bar.update
+
+
+def _bar_of(stream: TextIO) -> Any:
+  """The class of a bar, or None where there is no terminal or no tqdm."""
+  is_terminal = getattr(stream, "isatty", lambda: False)
+  if not is_terminal():
+    return None
+  try:
+    from tqdm import tqdm
+  except ImportError:
+    return None
+  return tqdm

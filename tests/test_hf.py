@@ -5,9 +5,6 @@ import json
 import math
 import pathlib
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import flax.traverse_util as traverse
 import jax
@@ -17,6 +14,15 @@ import optax
 import pytest
 import safetensors
 import safetensors.numpy
+from hf_cases import (
+  abstract,
+  copy_of,
+  load,
+  random_folder,
+  refused,
+  same_bytes,
+  tensors,
+)
 from shared import SHARED, needs_shared
 
 from dpo_jax import losses
@@ -46,61 +52,10 @@ def _compile_quickly():
   jax.config.update(name, before)
 
 
-def abstract(config, **compute):
-  model = llama.Model(config, llama.Compute(**compute))
-  return jax.eval_shape(model.init_variables, jax.random.key(0))
-
-
-def load(folder, **compute):
-  """(Config, variables) of a Llama folder."""
-  module, config = hf.read_config(folder)
-  variables = hf.load_variables(
-    folder, module.HF_NAMES, abstract(config, **compute)
-  )
-  return config, variables
-
-
-def tensors(folder):
-  """Every tensor of a folder by name, read by safetensors alone."""
-  found = {}
-  for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
-    found |= safetensors.numpy.load_file(file)
-  return found
-
-
-def same_bytes(left, right):
-  assert sorted(left) == sorted(right)
-  for name, array in left.items():
-    assert array.dtype == right[name].dtype, name
-    assert array.shape == right[name].shape, name
-    assert array.tobytes() == right[name].tobytes(), name
-
-
-def copy_of(folder, to, **changes):
-  """A copy in which config.json has other values; `...` drops a key."""
-  shutil.copytree(folder, to)
-  for path in (to, *to.iterdir()):
-    path.chmod(0o755)
-  file = to / "config.json"
-  values = json.loads(file.read_text()) | changes
-  values = {k: v for k, v in values.items() if v is not ...}
-  file.write_text(json.dumps(values))
-  return to
-
-
-def random_folder(to, **options):
-  """A small random checkpoint, so that tests need no shared data."""
-  sizes = {
-    "vocab_size": 24, "width": 8, "ffn": 12, "layers": 3, "heads": 4,
-    "kv_heads": 2, "head_dim": 2,
-  }  # fmt: skip
-  config = llama.Config(**sizes | options)
-  rng = np.random.default_rng(3)
-  variables = jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract(config)
-  )
-  hf.save_checkpoint(to, llama, config, variables)
-  return config, variables
+@pytest.fixture
+def folder(tmp_path):
+  random_folder(tmp_path / "m")
+  return tmp_path / "m"
 
 
 def golden_logits(config, variables):
@@ -294,174 +249,8 @@ def test_biases_and_every_setting_survive_a_round_trip(tmp_path):
   np.testing.assert_array_equal(q, np.asarray(ours).reshape(8, 24).T)
 
 
-def test_a_tied_model_takes_a_second_copy_of_its_head_and_old_buffers(tmp_path):
-  _, variables = random_folder(tmp_path / "m", tied=True)
-  file = tmp_path / "m" / "model.safetensors"
-  found = safetensors.numpy.load_file(file)
-  assert "lm_head.weight" not in found
-  found["lm_head.weight"] = found["model.embed_tokens.weight"].copy()
-  found["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(1, "f4")
-  safetensors.numpy.save_file(found, file)
-  _, loaded = load(tmp_path / "m")
-  jax.tree.map(np.testing.assert_array_equal, variables, loaded)
-
-
-def test_weights_load_onto_eight_devices_and_leave_them_unchanged(tmp_path):
-  sizes = {"width": 16, "ffn": 32, "heads": 4, "kv_heads": 4}
-  random_folder(tmp_path / "m", vocab_size=260, **sizes)  # bytes: 259
-  script = """
-    import sys, jax, numpy as np
-    import flax.traverse_util as traverse
-    sys.path.insert(0, "tests")
-    from test_hf import abstract
-    from dpo_jax.build import build, load_variables
-    from dpo_jax.config import Config, Mesh, Model
-    from dpo_jax.models import hf
-
-    assert jax.device_count() == 8
-    path, out = sys.argv[1:]
-    config = Config(
-      model=Model(path=path, tokenizer="bytes"), mesh=Mesh(2, 2, 2)
-    )
-    built = build(config)
-    sharded = traverse.flatten_dict(load_variables(config, built)["params"])
-    module, shape = hf.read_config(path)
-    whole = hf.load_variables(path, module.HF_NAMES, abstract(shape))
-    for name, array in traverse.flatten_dict(whole["params"]).items():
-      mine = sharded[name]
-      assert mine.sharding.num_devices == 8, name
-      np.testing.assert_array_equal(np.asarray(mine), np.asarray(array))
-      share = mine.addressable_shards[0].data.size
-      if name[-1] in ("kernel", "embed", "unembed"):
-        assert share * 4 == mine.size, (name, share, mine.size)
-      for shard in mine.addressable_shards:
-        np.testing.assert_array_equal(shard.data, array[shard.index])
-    hf.save_checkpoint(
-      out, module, shape, {"params": traverse.unflatten_dict(sharded)}
-    )
-  """
-  done = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(script), tmp_path / "m",
-     tmp_path / "out"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env={
-      "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-      "JAX_PLATFORMS": "cpu",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    },
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  same_bytes(tensors(tmp_path / "m"), tensors(tmp_path / "out"))
-
-
-def refused(folder, *words):
-  """Loading is refused in one line that holds all the words."""
-  with pytest.raises(CheckpointError) as error:
-    load(folder)
-  message = str(error.value)
-  assert "\n" not in message
-  for word in (str(folder), *words):
-    assert word in message
-  return message
-
-
-def rewrite(folder, change):
-  file = folder / "model.safetensors"
-  found = safetensors.numpy.load_file(file)
-  change(found)
-  safetensors.numpy.save_file(found, file)
-
-
-@pytest.fixture
-def folder(tmp_path):
-  random_folder(tmp_path / "m")
-  return tmp_path / "m"
-
-
 def test_a_missing_folder_is_refused(tmp_path):
   refused(tmp_path / "none", "config.json", "Hugging Face checkpoint folder")
-
-
-def test_missing_weights_are_refused(folder):
-  (folder / "model.safetensors").unlink()
-  refused(folder, "cannot read weights")
-
-
-@pytest.mark.parametrize("left", [0, 4, 100, -1])
-def test_a_cut_file_is_refused(folder, left):
-  file = folder / "model.safetensors"
-  file.write_bytes(file.read_bytes()[:left])
-  refused(folder, "cannot read weights")
-
-
-def test_an_oversized_header_is_refused(folder):
-  file = folder / "model.safetensors"
-  data = file.read_bytes()
-  file.write_bytes((2**62).to_bytes(8, "little") + data[8:])
-  refused(folder, "cannot read weights")
-
-
-def test_a_missing_and_an_extra_tensor_are_both_named(folder):
-  name = "model.layers.1.mlp.up_proj.weight"
-  rewrite(folder, lambda found: found.update(odd=found.pop(name)))
-  refused(folder, f"missing: {name};", "unexpected: odd")
-
-
-def test_a_layer_too_many_is_refused(folder):
-  config = json.loads((folder / "config.json").read_text())
-  config["num_hidden_layers"] = 2
-  (folder / "config.json").write_text(json.dumps(config))
-  refused(folder, "unexpected: model.layers.2.input_layernorm", "and 5 more")
-
-
-def test_a_wrong_shape_is_refused_with_both_shapes(folder):
-  name = "model.layers.1.mlp.up_proj.weight"
-  rewrite(folder, lambda found: found.update({name: np.ones((8, 12), "f4")}))
-  refused(folder, name, "[8, 12]", "[12, 8]")
-
-
-@pytest.mark.parametrize(
-  "name", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors"]
-)
-def test_an_index_that_leaves_the_folder_is_refused(folder, name):
-  shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
-  index = {"weight_map": {"model.norm.weight": name}}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  refused(folder, repr(name), "leaves the folder")
-
-
-@pytest.mark.parametrize(
-  "text",
-  ["", "[]", "{}", "3", '{"weight_map": []}', '{"weight_map": {"a": 1}}',
-   '{"weight_map": {"a": ".."}}', '{"weight_map": {"a": ""}}',
-   '{"weight_map": {"a": "\\u0000"}}', "[" * 100_000],
-)  # fmt: skip
-def test_a_damaged_index_is_refused(folder, text):
-  (folder / "model.safetensors.index.json").write_text(text)
-  refused(folder)
-
-
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "I32", "BOOL"])
-def test_weights_that_are_not_floats_are_refused(folder, dtype):
-  # Quantised weights are integers with a scale elsewhere: read as they stand,
-  # they are another model.
-  name, size = "model.norm.weight", {"F8_E4M3": 1, "I32": 4, "BOOL": 1}[dtype]
-  file = folder / "model.safetensors"
-  found = safetensors.numpy.load_file(file)
-  found.pop(name)
-  odd = {"dtype": dtype, "shape": [8], "data_offsets": [0, 8 * size]}
-  header = json.dumps({name: odd}).encode()
-  safetensors.numpy.save_file(found, folder / "a.safetensors")
-  (folder / "b.safetensors").write_bytes(
-    len(header).to_bytes(8, "little") + header + b"\1" * 8 * size
-  )
-  index = {"weight_map": dict.fromkeys(found, "a.safetensors")}
-  index["weight_map"][name] = "b.safetensors"
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  refused(folder, name)
 
 
 @pytest.mark.parametrize(
@@ -501,35 +290,6 @@ def test_a_config_that_does_not_fit_is_refused(folder, changes, words):
 def test_a_config_that_is_no_object_is_refused(folder, text):
   (folder / "config.json").write_text(text)
   refused(folder, "config.json")
-
-
-def test_a_failed_save_leaves_the_old_folder_and_nothing_half_written(folder):
-  config, variables = load(folder)
-  before = {p.name: p.read_bytes() for p in folder.iterdir()}
-
-  def fail(path):
-    assert (pathlib.Path(path) / "config.json").exists()
-    raise OSError("disk full")
-
-  with pytest.raises(OSError, match="disk full"):
-    hf.save_checkpoint(folder, llama, config, variables, save_tokenizer=fail)
-  assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-  assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-
-
-def test_a_save_replaces_the_old_folder_and_its_leftovers(folder):
-  config, variables = load(folder)
-  (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
-  leftover = folder.with_name(folder.name + ".part")
-  leftover.mkdir()
-  (leftover / "junk").write_text("of a run that was killed")
-  hf.save_checkpoint(
-    folder, llama, config, variables,
-    save_tokenizer=lambda to: (pathlib.Path(to) / "t.json").write_text("{}"),
-  )  # fmt: skip
-  names = sorted(p.name for p in folder.iterdir())
-  assert names == ["config.json", "model.safetensors", "t.json"]
-  assert not leftover.exists()
 
 
 def llama3_frequencies(head_dim, theta, factor, low, high, original):

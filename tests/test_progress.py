@@ -1,10 +1,11 @@
 """What a person or a pod log sees while a run goes on."""
 
 import io
+import time
 
 import pytest
 
-from dpo_jax.progress import Progress
+from dpo_jax.progress import Progress, byte_bar
 
 VALUES = {
   "loss": 0.43118,
@@ -135,3 +136,22 @@ def test_a_stream_that_went_away_does_not_stop_training():
   stream.close()
   progress.update(1, VALUES)
   progress.close()
+
+
+def test_bytes_are_a_bar_on_a_terminal_and_nothing_elsewhere():
+  terminal, log = Terminal(), io.StringIO()
+  for stream in (terminal, log):
+    with byte_bar(3 * 2**30, "loading m", stream, delay=0) as advance:
+      for _ in range(2):
+        time.sleep(0.15)  # a bar is drawn at most every 0.1 s
+        advance(2**30)
+  assert "loading m" in terminal.getvalue()
+  assert "2.00G/3.00G" in terminal.getvalue()
+  assert log.getvalue() == ""
+
+
+def test_bytes_that_take_no_time_show_nothing():
+  stream = Terminal()
+  with byte_bar(100, "loading m", stream) as advance:
+    advance(100)
+  assert "loading" not in stream.getvalue()

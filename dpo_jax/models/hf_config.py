@@ -30,7 +30,7 @@ def names(
 ) -> dict[str, str]:
   """Where each weight lives in a Hugging Face checkpoint.
 
-  Kernels are stored there as [out, in] matrices; hf.py does the turning.
+  Kernels are stored there as [out, in] matrices; layout.py does the turning.
 
   Args:
     norms: our names of the layer's norms over the width to theirs.

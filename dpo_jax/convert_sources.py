@@ -1,0 +1,184 @@
+"""What a checkpoint of any form holds, read to be written in another.
+
+Three forms are told apart by what lies in the folder:
+
+  run     work directory of a run: its config.json, checkpoints/ (orbax)
+  hf      Hugging Face folder: config.json, safetensors, tokenizer files
+  orbax   as hf, but the weights are variables/ (orbax), arrays as the model
+          has them: they restore without turning or stacking
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from dpo_jax import checkpoint, sharding
+from dpo_jax.build import build, load_policy
+from dpo_jax.config import Mesh, from_dict
+from dpo_jax.errors import CheckpointError
+from dpo_jax.models import hf
+from dpo_jax.models.hf_files import INDEX, read_object
+from dpo_jax.trainable import Trainable
+from dpo_jax.workdir import Workdir
+
+VARIABLES = "variables"
+# Beside weights and config.json; code that comes with a model is left behind.
+_KEPT = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
+_LICENSES = ("LICENSE", "NOTICE")
+
+
+class Source(NamedTuple):
+  """A model, loaded, and what else belongs in its folder."""
+
+  module: types.ModuleType
+  config: Any
+  variables: Any
+  extras: Callable[[str], None]  # given the folder
+
+
+def kind_of(folder: pathlib.Path) -> str:
+  """ "run", "hf" or "orbax".
+
+  Raises:
+    CheckpointError: none of these.
+  """
+  expected = "expected a run's work directory, or a folder of a model"
+  file = folder / "config.json"
+  if not file.is_file():
+    raise CheckpointError(f"{folder}: no config.json there; {expected}")
+  about = read_object(file)
+  if "identity" in about and "config" in about:
+    return "run"
+  if "model_type" not in about:
+    raise CheckpointError(
+      f"{file} is neither of a run nor of a model; {expected}"
+    )
+  return "orbax" if (folder / VARIABLES).is_dir() else "hf"
+
+
+def choose_step(workdir: pathlib.Path, step: int | None) -> int:
+  """A step of a run that has a checkpoint; None asks for the newest.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  steps = checkpoint.saved_steps(Workdir(workdir).checkpoints)
+  if not steps:
+    raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
+  if step is not None and step not in steps:
+    raise CheckpointError(
+      f"{workdir}: no checkpoint of step {step}; there are"
+      f" {', '.join(map(str, steps))}"
+    )
+  return steps[-1] if step is None else step
+
+
+def load_run(workdir: pathlib.Path, step: int) -> Source:
+  """The policy of a run, with what the run did not train from its base.
+
+  Raises:
+    UserError: one line for what does not fit.
+  """
+  place = Workdir(workdir)
+  config = from_dict(read_object(place.config)["config"])
+  # The run's mesh is of other machines; here its weights lie over all devices.
+  config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1))
+  built = build(config)
+  trainable = Trainable(built.abstract, config.optim.freeze)
+  trained, frozen = trainable.split(built.abstract)
+  variables = checkpoint.read_trained(place.checkpoints, step, trained)
+  if frozen:  # as the run found it
+    _check_base(
+      config.model.path, checkpoint.read_meta(place.checkpoints, step)
+    )
+    _, frozen = trainable.split(load_policy(config, built))
+    variables = trainable.join(frozen, variables)
+  model, save = built.model, built.tokenizer.save
+  return Source(built.family, model.config, variables, save)
+
+
+def _check_base(path: str, meta: dict[str, Any]) -> None:
+  """Adapters and partly frozen models mean nothing on other weights."""
+  if path and meta.get("frozen") not in (None, hf.fingerprint(path)):
+    raise CheckpointError(
+      f"{path}: not the weights that the run started from, which it did not"
+      " train and did not save"
+    )
+
+
+def _shapes(folder: pathlib.Path) -> tuple[types.ModuleType, Any, Any]:
+  """Family, config, and `{"params": ...}` of shapes, over all devices."""
+  module, config = hf.read_config(folder)
+  model = module.Model(config)
+  abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
+  places = sharding.shard_tree(abstract, sharding.make_mesh(data=1, fsdp=-1))
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    places,
+  )
+  return module, config, abstract
+
+
+def load_hf(folder: pathlib.Path) -> Source:
+  """A Hugging Face folder, in the dtypes that it has."""
+  module, config, abstract = _shapes(folder)
+  abstract = hf.as_stored(folder, module.HF_NAMES, abstract)
+  variables = hf.load_variables(folder, module.HF_NAMES, abstract)
+  return Source(module, config, variables, lambda to: copy_rest(folder, to))
+
+
+def load_orbax(folder: pathlib.Path) -> Source:
+  """Variables that `convert` wrote, in the dtypes that they have.
+
+  Raises:
+    CheckpointError: damaged, or of another config.
+  """
+  module, config, abstract = _shapes(folder)
+  place = folder / VARIABLES
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      saved = dict(reader.metadata(place).item_metadata.tree)
+      wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(
+          s.shape, s.dtype, sharding=x.sharding
+        ),
+        abstract,
+        saved,
+      )
+      _check_shapes(place, abstract, wanted)
+      variables = reader.restore(place, args=ocp.args.StandardRestore(wanted))
+  except CheckpointError:
+    raise
+  except Exception as e:  # of damaged arrays orbax raises no narrower one
+    reason = " ".join(str(e).split())[:300]
+    raise CheckpointError(f"{place}: cannot be restored: {reason}") from e
+  return Source(module, config, variables, lambda to: copy_rest(folder, to))
+
+
+def _check_shapes(place, abstract, saved) -> None:
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(saved)
+  ):
+    if x.shape != tuple(y.shape):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise CheckpointError(
+        f"{place}: {name} has shape {list(y.shape)}, the config asks for"
+        f" {list(x.shape)}"
+      )
+
+
+def copy_rest(source: pathlib.Path, to: str | os.PathLike) -> None:
+  """Copies tokenizer, generation config and the like."""
+  for file in source.iterdir():
+    wanted = file.suffix in _KEPT or file.name.startswith(_LICENSES)
+    weights = file.name.endswith(".index.json") or file.name == INDEX
+    if file.is_file() and wanted and not weights and file.name != "config.json":
+      shutil.copyfile(file, pathlib.Path(to) / file.name)
