@@ -94,6 +94,7 @@ class Mesh:
 class Sample:
   prompts: int = 8  # held-out prompts to answer before and after; 0: none
   max_tokens: int = 128
+  batch_size: int = 64  # prompts answered at a time
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -173,6 +174,7 @@ _COUNTS = (
   "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
   "model.head_tile", "data.row_counts", "train.batch_size",
   "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
+  "sample.batch_size",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
            "sample.top_p", "reference.sync_mixup")  # fmt: skip
