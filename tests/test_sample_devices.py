@@ -14,14 +14,15 @@ from dpo_jax import sharding
 from dpo_jax.models import llama
 from dpo_jax.sample import make_sampler, make_stream
 
-MESHES = ((8, 1, 1), (2, 2, 2), (1, 2, 4))  # kv heads do not divide by 4
+MESHES = ((2, 2, 2), (1, 2, 4))  # kv heads do not divide by 4
 SETTINGS = (
   {"temperature": 0},
   {"temperature": 1.0},
   {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
 )
+QUICK = "jax_disable_most_optimizations"
 PROMPTS = [[1, *range(5, 5 + n)] for n in (3, 1, 9, 40, 2)]
-STOPS = (2, 7)
+STOPS = tuple(range(0, 64, 9))
 
 
 def tiny(mesh=None):
@@ -45,11 +46,19 @@ def tiny(mesh=None):
   return model, variables
 
 
-def answers(mesh=None, **more):
-  """Those of all settings: tokens, log-probs and lengths, as lists."""
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  before = jax.config.values[QUICK]
+  jax.config.update(QUICK, True)
+  yield
+  jax.config.update(QUICK, before)
+
+
+def answers(mesh=None, some=SETTINGS, **more):
+  """Those of the settings: tokens, log-probs and lengths, as lists."""
   model, variables = tiny(mesh)
   out = []
-  for settings in SETTINGS:
+  for settings in some:
     sampler = make_sampler(
       model, max_tokens=12, stop_ids=STOPS, mesh=mesh, **settings, **more
     )
@@ -71,12 +80,12 @@ def alone():
 
 def test_the_prompts_have_answers_of_many_lengths(alone):
   assert len({n for one in alone for n in one[2]}) > 4
-  assert len({str(row) for one in alone for row in one[0]}) == 15
+  assert len({str(row) for one in alone for row in one[0]}) > 8
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_answers_do_not_depend_on_the_size_of_batches(alone, batch_size):
-  same(answers(batch_size=batch_size), alone)
+  same(answers(some=SETTINGS[1:2], batch_size=batch_size), alone[1:2])
 
 
 def test_programs_are_as_few_as_rounded_widths():
@@ -114,13 +123,14 @@ def test_a_stream_draws_what_the_sampler_draws(settings):
 
 def on_eight_devices():
   assert jax.device_count() == 8
+  jax.config.update(QUICK, True)
   found = {}
-  for sizes in MESHES:
+  for sizes in MESHES:  # 5 prompts in two batches, and both have filler
     mesh = sharding.make_mesh(*sizes)
-    model, variables = tiny(mesh)
-    stream = make_stream(model, mesh=mesh)
-    drawn = list(stream(variables, PROMPTS[0], 3, 6))
-    found[str(sizes)] = [answers(mesh), answers(mesh, batch_size=2), drawn]
+    found[str(sizes)] = answers(mesh, SETTINGS[1:], batch_size=3)
+  model, variables = tiny(mesh)
+  stream = make_stream(model, mesh=mesh)
+  found["stream"] = list(stream(variables, PROMPTS[0], 3, 6))
   print(json.dumps(found))
 
 
@@ -144,11 +154,13 @@ def eight_devices():
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_eight_devices_give_the_answers_of_one(eight_devices, alone, sizes):
-  whole, parts, drawn = eight_devices[str(sizes)]
-  same(whole, alone)
-  same(parts, alone)
-  first, length = alone[1][0][0], min(6, alone[1][2][0])
-  assert drawn[:length] == first[:length]
+  same(eight_devices[str(sizes)], alone[1:])
+
+
+def test_eight_devices_stream_the_tokens_of_one(eight_devices, alone):
+  tokens, _, lengths = alone[1]
+  most = min(6, lengths[0])
+  assert eight_devices["stream"][:most] == tokens[0][:most]
 
 
 if __name__ == "__main__":
