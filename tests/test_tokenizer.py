@@ -182,7 +182,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
 
 
 def test_a_missing_tokenizer_names_what_was_expected(tmp_path):
-  assert "no tokenizer.json there" in refusal(tmp_path)
+  assert "no tokenizer.json or tokenizer.model there" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
