@@ -58,6 +58,7 @@ def test_the_config_renames_pieces_and_adds_tokens(tmp_path):
   }
   config = {"added_tokens_decoder": decoder, "eos_token": "<|end|>"}
   config |= {"bos_token": entry("<|begin|>"), "add_bos_token": False}
+  config |= {"tokenizer_class": "LlamaTokenizer"}
   ours = HFTokenizer.load(folder(tmp_path, config=config))
   assert (ours.bos_id, ours.eos_id) == (1, size + 1)
   assert ours.vocab_size == size + 2 and not ours.adds_bos

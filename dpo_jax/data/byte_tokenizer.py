@@ -3,7 +3,7 @@
 import json
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 _TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -32,6 +32,10 @@ def files() -> dict[str, str]:
     add_prefix_space=False, use_regex=False
   )
   backend.decoder = decoders.ByteLevel()
+  begin = _SPECIAL["bos_token"]
+  backend.post_processor = processors.TemplateProcessing(
+    f"{begin} $A", f"{begin} $A {begin} $B", [(begin, texts.index(begin))]
+  )
   config = _SPECIAL | {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "add_bos_token": True,

@@ -43,9 +43,10 @@ def convert(
       names[number] = token.content
   if len(set(names)) < len(names):
     raise DataError(f"{where}: two pieces have one name")
-  backend = spm_backend.build(
-    proto, names, prefix_all=bool(config.get("legacy"))
-  )
+  # As transformers has it where the config does not say.
+  llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+  every = bool(config.get("legacy", not llama))
+  backend = spm_backend.build(proto, names, prefix_all=every)
   known = _special(proto, names)
   config = known | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
   _add(backend, proto, names, added, where)

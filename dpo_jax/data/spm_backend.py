@@ -50,17 +50,15 @@ def build(proto: Any, names: list[str], prefix_all: bool) -> Any:
     )
     steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
   steps.append(normalizers.Replace(" ", _SPACE))
-  if spec.add_dummy_prefix:
-    # The next step puts none before text that begins with one.
-    doubled = normalizers.Replace(tokenizers.Regex(rf"\A{_SPACE}"), 2 * _SPACE)
-    steps.append(doubled)
   backend.normalizer = normalizers.Sequence(steps)
   splits = []
   if spec.add_dummy_prefix:
-    # "First" means at place 0, which white space that was removed had.
+    # "First" means at place 0, which white space that was removed had. No
+    # text begins with a space any more, so that the prefix always comes.
     every = prefix_all or spec.remove_extra_whitespaces
     scheme = "always" if every else "first"
-    splits.append(pre_tokenizers.Metaspace(_SPACE, scheme, split=False))
+    splits.append(pre_tokenizers.Metaspace(" ", scheme, split=False))
+    splits.append(pre_tokenizers.Metaspace(_SPACE, "never", split=False))
   if user:
     longest_first = sorted(user, key=len, reverse=True)
     pattern = tokenizers.Regex("|".join(map(re.escape, longest_first)))

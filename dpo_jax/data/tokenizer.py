@@ -46,6 +46,9 @@ class HFTokenizer:
     config = self._config = self._json(layout.CONFIG)
     self.special_tokens = layout.token_texts(self._json(layout.SPECIAL))
     self.special_tokens |= layout.token_texts(config)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):  # named; a list of texts has no names
+      self.special_tokens |= layout.token_texts(extra)
     self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)
     if "eos_token" not in self.special_tokens:
       self._find_eos()
