@@ -73,6 +73,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     for name in _TEXT_FILTERS.split(" "):
       self.filters[name] = self._of_text(FILTERS[name])
     self.filters |= {
+      "format": self._format,
       "indent": self._indent,
       "join": self._join,
       "replace": self._replace,
@@ -172,6 +173,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     text = str(self.allowance.text(text))
     self.allowance.replace(text, old, new)
     return text.replace(old, new, -1 if count is None else count)
+
+  def _format(self, template: Any, *args: Any, **kwargs: Any) -> str:
+    template = str(self.allowance.text(template))
+    self.allowance.format(template, [*args, *kwargs.values()])
+    return FILTERS["format"](template, *args, **kwargs)
 
   def _indent(
     self,
