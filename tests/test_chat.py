@@ -65,7 +65,7 @@ def test_what_a_template_refuses_can_be_told_from_what_it_breaks():
 FAMILIES = {
   "inst": "<|bos|>[Q] <<SYSTEM>>\n be <kind> \n<</SYSTEM>>\n\nhé [/Q] ja "
   "<|eos|><|bos|>[Q] q [/Q]",
-  "last_user": "<|bos|>[Q] hé[/Q] ja<|eos|>[Q] q[/Q]",
+  "last_user": "<|bos|>[Q] hé[/Q] ja<|eos|>[Q]  be <kind> \n\nq[/Q]",
   "thinking": "<|start|>system\n be <kind> <|end|>\n<|start|>user\nhé<|end|>\n"
   "<|start|>assistant\nja<|end|>\n<|start|>user\nq<|end|>\n"
   "<|start|>assistant\n",
