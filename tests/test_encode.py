@@ -172,7 +172,7 @@ def test_a_template_that_rewrites_the_opening_moves_the_boundary():
   examples, _, changed = encode([row], with_files({}, template))
   assert text(examples.prompt(0)) == "^[hi]["
   assert text(examples.chosen(0)) == "a]$"
-  assert changed == {"boundary_moved": 1}
+  assert changed == {"opening_left_out": 1}
 
 
 def test_a_template_that_rewords_the_last_turn_keeps_the_answer_apart():
@@ -188,7 +188,7 @@ def test_a_template_that_rewords_the_last_turn_keeps_the_answer_apart():
   assert text(examples.prompt(0)) == "^[Q] hi[/Q]"
   assert text(examples.chosen(0)) == " a b$"
   assert text(examples.rejected(0)) == " a c$"
-  assert changed == {"boundary_moved": 1}
+  assert changed == {"opening_left_out": 1}
   single = {"messages": [system, USER, turn("a b")]}
   examples, _, _ = encode([single], with_files({}, template), kind="sft")
   assert text(examples.prompt(0)) == "^[Q] hi[/Q]"

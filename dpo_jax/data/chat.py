@@ -102,7 +102,7 @@ def prompt_and_wholes(
     for word in ("a", "b")
   ]
   common = _beginning([*any_two, *wholes]).rstrip(" ")
-  if len(common) > len(_beginning([opening, *wholes])):
+  if len(common) >= len(_beginning([opening, *wholes])):
     opening = common
   return [opening, *wholes], True
 

@@ -141,7 +141,7 @@ class _Encoder:
         part.subset,
         notes
         | Counter(
-          extra_turns=int(_has_extra_turns(part)), boundary_moved=int(moved)
+          extra_turns=int(_has_extra_turns(part)), opening_left_out=int(moved)
         ),
       )
 
