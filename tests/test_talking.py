@@ -1,16 +1,30 @@
 """A conversation: what the model is asked, what is shown, what is kept."""
 
-import dataclasses
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 
+import jax
 import pytest
 
+from dpo_jax.asking import answer_texts
 from dpo_jax.config import Config, Model, Sample
 from dpo_jax.data.tokenizer import ByteTokenizer
 from dpo_jax.errors import ConfigError
 from dpo_jax.talking import Conversation, open_conversation, talk
 
 BYTES = ByteTokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
 
 
 class Said:
@@ -138,16 +152,43 @@ def saved(tmp_path_factory):
 
 
 def test_a_model_answers_each_time_as_it_did_before(saved):
-  first, again = (
-    dialogue(open_conversation(saved), "A", "B") for _ in range(2)
-  )
-  assert first == again
-  other = dialogue(
-    open_conversation(dataclasses.replace(saved, seed=1)), "A", "B"
-  )
-  assert other != first
+  talking = open_conversation(saved)
+  first = dialogue(talking, "A", "B")
+  assert first == dialogue(open_conversation(saved), "A", "B")
+  talking.reset()
+  assert first != dialogue(talking, "A", "B")  # drawn anew
 
 
 def test_a_conversation_needs_a_model():
   with pytest.raises(ConfigError, match=r"config\.model\.path is empty"):
     open_conversation(Config())
+
+
+def test_prompts_are_turns_of_a_user_after_the_systems(saved):
+  plain, after = (
+    answer_texts(saved, ["A", "B"], chat=True, system=system)
+    for system in ("", "be")
+  )
+  assert [row["prompt"] for row in plain] == ["A", "B"]
+  assert [row["logp"] for row in plain] != [row["logp"] for row in after]
+  bare = answer_texts(saved, ["user: A\nassistant:"])
+  assert bare[0] == plain[0] | {"prompt": "user: A\nassistant:"}
+
+
+def test_the_script_talks_in_a_terminal(saved):
+  ours, theirs = os.openpty()  # what a terminal's standard input is
+  root = pathlib.Path(__file__).resolve().parents[1]
+  process = subprocess.Popen(
+    [
+      sys.executable, "scripts/sample.py", "--config=configs/dpo.py", "--chat",
+      f"--config.model.path={saved.model.path}", "--system=be",
+      "--config.sample.max_tokens=3",
+    ],
+    stdin=theirs, stdout=subprocess.PIPE, text=True, cwd=root,
+    env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+  os.write(ours, b"hi\n/reset\n/quit\n")
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert "/quit or ctrl-D ends" in out and out.count("> ") == 3
+  assert "(forgotten)" in out
