@@ -164,7 +164,7 @@ _HARMLESS = (
   "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
   "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
-  "train.export",
+  "train.export", "sample.batch_size",
 )  # fmt: skip
 
 
