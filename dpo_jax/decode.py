@@ -99,8 +99,7 @@ class Decoding:
 
 
 def bucket(length: int) -> int:
-  """Rounds up to one of few lengths, at most a quarter more than half of it:
-  32, 64, 96, 128, 160, ... 256, 320, ... 512, 640 and so on."""
+  """Rounds up to one of few lengths, beyond 128 by less than a quarter."""
   step = max(32, (1 << (length - 1).bit_length()) // 8)
   return -(-length // step) * step
 
