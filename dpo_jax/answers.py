@@ -7,17 +7,15 @@ of the policy from its reference: the mean of log pi(y|x) - log ref(y|x).
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.build import Built, build, load_policy
-from dpo_jax.config import Config, Sample
-from dpo_jax.data import chat as chat_template
+from dpo_jax.build import Built
+from dpo_jax.config import Sample
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
-from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import ConfigError
 from dpo_jax.evaluate import score_examples
 from dpo_jax.sample import Sampled, make_sampler
@@ -62,6 +60,8 @@ class Answerer:
       temperature=settings.temperature,
       top_k=settings.top_k,
       top_p=settings.top_p,
+      batch_size=settings.batch_size,
+      mesh=built.mesh,
     )
 
   def __call__(self, variables: Variables) -> Answers:
@@ -183,67 +183,3 @@ def distinct_prompts(examples: Examples, n: int) -> list[np.ndarray]:
     prompt = np.asarray(examples.prompt(i))
     seen.setdefault(prompt.tobytes(), prompt)
   return list(seen.values())
-
-
-def answer_texts(
-  config: Config, prompts: Sequence[str], *, chat: bool = False
-) -> list[dict[str, Any]]:
-  """Answers texts with `config.model.path`, as `config.sample` says.
-
-  Args:
-    config: model, sampling settings, seed.
-    prompts: texts; not empty.
-    chat: each is the first turn of a user, in the tokenizer's template.
-
-  Returns:
-    For each prompt {"prompt", "response", "logp", "tokens"}; logp is that of
-    the whole response, in nats, at temperature 1.
-
-  Raises:
-    UserError: no prompts, no model, or a model without a chat template.
-  """
-  if not prompts:
-    raise ConfigError("no prompts; give --prompt or lines on standard input")
-  if not config.model.path:
-    raise ConfigError("config.model.path is empty; name the model to sample")
-  built = build(config)
-  tokenizer = built.tokenizer
-  texts = [_in_template(tokenizer, p) for p in prompts] if chat else prompts
-  ids = [_with_bos(tokenizer, x) for x in tokenizer.encode(texts)]
-  if not all(ids):
-    raise ConfigError("an empty prompt has no token to answer from")
-  answerer = Answerer(built, config.sample, ids, config.seed)
-  answers = answerer(load_policy(config, built))
-  return [
-    {
-      "prompt": prompt,
-      "response": response,
-      "logp": float(logps.sum()),
-      "tokens": int(length),
-    }
-    for prompt, response, logps, length in zip(
-      prompts,
-      answers.responses,
-      answers.sampled.logps,
-      answers.sampled.lengths,
-      strict=True,
-    )
-  ]
-
-
-def _in_template(tokenizer: HFTokenizer, text: str) -> str:
-  if tokenizer.chat_template is None:
-    raise ConfigError("this model's tokenizer has no chat template")
-  turn = [{"role": "user", "content": text}]
-  return chat_template.render(
-    tokenizer.chat_template, turn, tokenizer.special_tokens, True
-  )
-
-
-def _with_bos(tokenizer: HFTokenizer, ids: list[int]) -> list[int]:
-  """Exactly one BOS, whether or not the template wrote it."""
-  written = 0
-  while written < len(ids) and ids[written] == tokenizer.bos_id:
-    written += 1
-  begins = tokenizer.adds_bos or written
-  return ([tokenizer.bos_id] if begins else []) + ids[written:]

@@ -110,6 +110,7 @@ class Mesh:
 class Sample:
   prompts: int = 8  # held-out prompts to answer before and after; 0: none
   max_tokens: int = 128
+  batch_size: int = 64  # prompts answered at a time
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -180,7 +181,7 @@ _HARMLESS = (
   "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
   "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
-  "train.export",
+  "train.export", "sample.batch_size",
 )  # fmt: skip
 
 
@@ -190,6 +191,7 @@ _COUNTS = (
   "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
   "model.head_tile", "data.row_counts", "train.batch_size",
   "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
+  "sample.batch_size",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
            "sample.top_p", "reference.sync_mixup", "lora.dropout")  # fmt: skip

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from chat_templates import SPECIAL, TEMPLATES
 from shared import SHARED, needs_shared
 
 from dpo_jax.data.chat import MAX_TEMPLATE, TemplateRefused, render
@@ -60,6 +61,34 @@ def test_what_a_template_refuses_can_be_told_from_what_it_breaks():
     render("{{ messages[7].content.x }}", MESSAGES, {}, False)
 
 
+# What the templates of the families do to one conversation.
+FAMILIES = {
+  "inst": "<|bos|>[Q] <<SYSTEM>>\n be <kind> \n<</SYSTEM>>\n\nhé [/Q] ja "
+  "<|eos|><|bos|>[Q] q [/Q]",
+  "last_user": "<|bos|>[Q] hé[/Q] ja<|eos|>[Q]  be <kind> \n\nq[/Q]",
+  "thinking": "<|start|>system\n be <kind> <|end|>\n<|start|>user\nhé<|end|>\n"
+  "<|start|>assistant\nja<|end|>\n<|start|>user\nq<|end|>\n"
+  "<|start|>assistant\n",
+  "turns": "<|bos|><turn>user\n be <kind> \n\nhé</turn>\n<turn>model\nja"
+  "</turn>\n<turn>user\nq</turn>\n<turn>model\n",
+  "bars": "<|system|>\n be <kind> <|eos|>\n<|user|>\nhé<|eos|>\n<|assistant|>\n"
+  "ja<|eos|>\n<|user|>\nq<|eos|>\n<|assistant|>\n",
+  "one_line": None,  # it takes no system's turn
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_templates_in_the_manner_of_families_render(name):
+  template, changes = TEMPLATES[name]
+  special = {k: v for k, v in (SPECIAL | changes).items() if v}
+  messages = [*MESSAGES, {"role": "user", "content": "q"}]
+  if FAMILIES[name] is None:
+    with pytest.raises(TemplateRefused, match="no system role"):
+      render(template, messages, special, True)
+  else:
+    assert render(template, messages, special, True) == FAMILIES[name]
+
+
 def test_generation_blocks_are_transparent():
   template = "{% generation %}{{ messages[1].content }}{% endgeneration %}."
   assert render(template, MESSAGES, {}, False) == "hé."
@@ -82,6 +111,7 @@ HOSTILE = {
   "negative round": "{{ 5 | round(-10**9) }}",
   "wide percent": "{{ '%1000000000d' % 1 }}",
   "starred percent": "{{ '%*d' % (10**9, 1) }}",
+  "format filter": "{{ '%1000000000d' | format(1) }}",
   "wide format": "{{ '{:1000000000}'.format(1) }}",
   "nested format": "{{ '{:{}}'.format(1, 10**9) }}",
   "centre": "{{ 'a'.center(10**10) }}{{ 'a'|center(10**10) }}",

@@ -167,6 +167,7 @@ HARMLESS = {
     "checkpoint_every": 9, "keep_checkpoints": 9, "max_skipped": 3,
     "export": False,
   },
+  "sample": {"batch_size": 9},
 }  # fmt: skip
 
 

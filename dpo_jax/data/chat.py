@@ -1,11 +1,13 @@
 """Chat templates: messages to the text a model was trained on."""
 
 import functools
+from collections.abc import Sequence
 
 import jinja2
 from jinja2.sandbox import SecurityError
 
 from dpo_jax.data.allowance import CHARACTERS
+from dpo_jax.data.formats import common_prefix
 from dpo_jax.data.sandbox import Refusal, Sandbox
 from dpo_jax.errors import DataError
 
@@ -66,6 +68,49 @@ def render(
     reason = f"chat template fails: {_line(error)}"
     raise TemplateRefused(reason) from None
   return "".join(parts)
+
+
+def prompt_and_wholes(
+  template: str,
+  prompt: list[dict],
+  responses: Sequence[list[dict]],
+  special_tokens: dict[str, str],
+) -> tuple[list[str], bool]:
+  """The prompt as its answers continue it, then the prompt with each answer.
+
+  That is the rendering with an opening, except for templates that word a last
+  turn in another way than one that was answered; then it is what the prompt
+  with any answer begins with.
+
+  Returns:
+    The texts, and whether the opening had to be given up.
+  """
+  opening = render(template, prompt, special_tokens, True)
+  wholes = [
+    render(template, prompt + response, special_tokens, False)
+    for response in responses
+  ]
+  if all(whole.startswith(opening) for whole in wholes):
+    return [opening, *wholes], False
+  any_two = [
+    render(
+      template,
+      [*prompt, {"role": "assistant", "content": word}],
+      special_tokens,
+      False,
+    )
+    for word in ("a", "b")
+  ]
+  common = _beginning([*any_two, *wholes]).rstrip(" ")
+  if len(common) >= len(_beginning([opening, *wholes])):
+    opening = common
+  return [opening, *wholes], True
+
+
+def _beginning(texts: list[str]) -> str:
+  """What all begin with."""
+  first, last = min(texts), max(texts)
+  return first[: common_prefix(first, last)]
 
 
 @functools.lru_cache(maxsize=16)

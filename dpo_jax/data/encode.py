@@ -124,7 +124,7 @@ class _Encoder:
       return
     for part in self._by_kind(example):
       try:
-        texts = self._texts(part)
+        texts, moved = self._texts(part)
       except Drop as drop:
         self._count(where, drop)
         continue
@@ -139,7 +139,10 @@ class _Encoder:
         texts,
         part.desirable is not False,
         part.subset,
-        notes | Counter(extra_turns=int(_has_extra_turns(part))),
+        notes
+        | Counter(
+          extra_turns=int(_has_extra_turns(part)), opening_left_out=int(moved)
+        ),
       )
 
   def _read(self, where: str, row: dict | DataError) -> RawExample:
@@ -192,7 +195,8 @@ class _Encoder:
     else:
       yield example
 
-  def _texts(self, example: RawExample) -> tuple[str, ...]:
+  def _texts(self, example: RawExample) -> tuple[tuple[str, ...], bool]:
+    """The prompt, then each whole; whether the opening was given up."""
     responses = example.responses
     for response in responses:
       if not _content(response).strip():
@@ -201,7 +205,7 @@ class _Encoder:
       raise Drop("identical_responses", "chosen equals rejected")
     prompt = example.prompt
     if isinstance(prompt, str):
-      return prompt, *(prompt + response for response in responses)
+      return (prompt, *(prompt + response for response in responses)), False
     template = self.tokenizer.chat_template
     if template is None:
       raise DataError(
@@ -210,13 +214,8 @@ class _Encoder:
     special = self.tokenizer.special_tokens
     if not prompt:
       raise Drop("empty_prompt", "no message before the answer")
-    return (
-      chat.render(template, prompt, special, True),
-      *(
-        chat.render(template, prompt + response, special, False)
-        for response in responses
-      ),
-    )
+    texts, moved = chat.prompt_and_wholes(template, prompt, responses, special)
+    return tuple(texts), moved
 
   def _add(
     self,

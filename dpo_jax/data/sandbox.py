@@ -16,11 +16,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
+from dpo_jax.data import sandbox_syntax as syntax
 from dpo_jax.data.allowance import Allowance, LimitError
 
 # Filters whose result is about as large as what they are given.
@@ -63,7 +63,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     super().__init__(
       trim_blocks=True,
       lstrip_blocks=True,
-      extensions=[loopcontrols, _Generation],
+      extensions=[loopcontrols, syntax.Generation],
       finalize=self.allowance.text,
     )
     self.globals.pop("lipsum")
@@ -73,6 +73,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     for name in _TEXT_FILTERS.split(" "):
       self.filters[name] = self._of_text(FILTERS[name])
     self.filters |= {
+      "format": self._format,
       "indent": self._indent,
       "join": self._join,
       "replace": self._replace,
@@ -128,7 +129,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     return format_checked
 
   def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
-    return _Rewrite().visit(super()._parse(source, name, filename))
+    return syntax.Rewrite().visit(super()._parse(source, name, filename))
 
   def _charged(self, function: Any) -> Any:
     @functools.wraps(function)  # keeps Jinja's mark of what to pass first
@@ -172,6 +173,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     text = str(self.allowance.text(text))
     self.allowance.replace(text, old, new)
     return text.replace(old, new, -1 if count is None else count)
+
+  def _format(self, template: Any, *args: Any, **kwargs: Any) -> str:
+    template = str(self.allowance.text(template))
+    self.allowance.format(template, [*args, *kwargs.values()])
+    return FILTERS["format"](template, *args, **kwargs)
 
   def _indent(
     self,
@@ -230,45 +236,3 @@ def _raise_exception(message: str) -> None:
 def _strftime_now(form: str) -> str:
   Allowance().format(form)
   return datetime.now().strftime(form)
-
-
-class _Generation(Extension):
-  """Accepts `{% generation %}`, which marks the text a model wrote."""
-
-  tags = frozenset(["generation"])
-
-  def parse(self, parser: Any) -> nodes.Node:
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    return nodes.Scope(body).set_lineno(line)
-
-
-class _Rewrite(NodeTransformer):
-  """Sends what no other hook sees through filters that can count."""
-
-  def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-    self.generic_visit(node)
-    return _filter(nodes.List(node.nodes, lineno=node.lineno), " concat")
-
-  def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-    return _filter(nodes.Const(node.data, lineno=node.lineno), " literal")
-
-  def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-    self.generic_visit(node)
-    return _filter(node, " slice") if type(node.arg) is nodes.Slice else node
-
-  def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-    self.generic_visit(node)
-    for side in (node, *node.ops):
-      if not isinstance(side.expr, nodes.Const):
-        side.expr = _filter(side.expr, " compared")
-    return node
-
-  def visit_For(self, node: nodes.For) -> nodes.Node:
-    self.generic_visit(node)
-    node.iter = _filter(node.iter, " turns")
-    return node
-
-
-def _filter(value: nodes.Expr, name: str) -> nodes.Filter:
-  return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

@@ -1,30 +1,21 @@
 """Tokenizers: text to ids through the `tokenizers` library, nothing remote.
 
-Both kinds are one class: a `tokenizer.json` from a checkpoint directory, and a
-byte tokenizer built in memory for runs without a checkpoint.
+All kinds are one class: a `tokenizer.json` from a checkpoint directory, what a
+sentencepiece model there is converted to, and a byte tokenizer built in memory
+for runs without a checkpoint.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from dpo_jax.data.sources import kind_of, parse_json
+from dpo_jax.data import byte_tokenizer
+from dpo_jax.data import tokenizer_files as layout
+from dpo_jax.data.sources import kind_of
 from dpo_jax.errors import DataError
-
-_BYTE_TEMPLATE = (
-  "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
-  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-_CONFIG = "tokenizer_config.json"
-_TEMPLATE = "chat_template.jinja"
-_GENERATION = "generation_config.json"
 
 
 class HFTokenizer:
@@ -51,10 +42,13 @@ class HFTokenizer:
     """
     self._where = where
     self._files = dict(files)
-    self._backend = _backend(files["tokenizer.json"], where)
-    config = self._config = self._json(_CONFIG)
-    self.special_tokens = _token_texts(self._json("special_tokens_map.json"))
-    self.special_tokens |= _token_texts(config)
+    self._backend = _backend(files[layout.TOKENIZER], where)
+    config = self._config = self._json(layout.CONFIG)
+    self.special_tokens = layout.token_texts(self._json(layout.SPECIAL))
+    self.special_tokens |= layout.token_texts(config)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):  # named; a list of texts has no names
+      self.special_tokens |= layout.token_texts(extra)
     self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)
     if "eos_token" not in self.special_tokens:
       self._find_eos()
@@ -64,11 +58,11 @@ class HFTokenizer:
     self.pad_id = self.eos_id if pad_id is None else pad_id
     self.stop_ids = self._stop_ids()
     self.adds_bos = self._adds_bos()
-    self.chat_template = self._template()
+    self.chat_template = layout.chat_template(files, config, where)
     # A saved copy names its end token even where config.json did.
     config["eos_token"] = self.special_tokens["eos_token"]
-    self.fingerprint = _fingerprint(
-      files["tokenizer.json"],
+    self.fingerprint = layout.fingerprint(
+      files[layout.TOKENIZER],
       [self.bos_id, self.eos_id, self.adds_bos, self.special_tokens],
       self.chat_template,
     )
@@ -76,23 +70,7 @@ class HFTokenizer:
   @classmethod
   def load(cls, path: str) -> "HFTokenizer":
     """Reads a checkpoint directory. Raises DataError, naming the file."""
-    folder = pathlib.Path(path)
-    if not (folder / "tokenizer.json").is_file():
-      raise DataError(
-        f"{path}: no tokenizer.json there; expected a directory in Hugging "
-        "Face layout, or 'bytes'"
-      )
-    names = ("special_tokens_map.json", _GENERATION, "config.json")
-    files = {}
-    for name in ("tokenizer.json", _CONFIG, _TEMPLATE, *names):
-      if (folder / name).is_file():
-        try:
-          files[name] = (folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-          raise DataError(
-            f"{folder / name}: cannot be read ({error})"
-          ) from None
-    return cls(files, str(path))
+    return cls(layout.read_folder(path), str(path))
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text. Nothing is put in front or behind.
@@ -105,7 +83,7 @@ class HFTokenizer:
     """
     texts = list(texts)
     try:
-      with _library(self._where):
+      with layout.library(self._file):
         batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
     except DataError:
       # The library says that something is no text, but not which and why.
@@ -117,20 +95,20 @@ class HFTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens left out."""
     ids = [int(one) for one in ids]
-    with _library(self._where):
+    with layout.library(self._file):
       return self._backend.decode(ids, skip_special_tokens=True)
 
   def save(self, directory: str) -> None:
     """Writes the tokenizer's files, as transformers and `load` read them."""
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", _TEMPLATE, "special_tokens_map.json"):
+    for name in (layout.TOKENIZER, layout.TEMPLATE, layout.SPECIAL):
       if name in self._files:
         (folder / name).write_text(self._files[name], encoding="utf-8")
     # Without the latter, transformers would end answers at its own default id.
     for name, value in (
-      (_CONFIG, self._config),
-      (_GENERATION, self._generation_config()),
+      (layout.CONFIG, self._config),
+      (layout.GENERATION, self._generation_config()),
     ):
       text = json.dumps(value, ensure_ascii=False, indent=2)
       (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -140,38 +118,30 @@ class HFTokenizer:
     known = {k: v for k, v in ids.items() if v is not None}
     stops = list(self.stop_ids)
     known["eos_token_id"] = stops if len(stops) > 1 else self.eos_id
-    return known | self._json(_GENERATION)
+    return known | self._json(layout.GENERATION)
 
   def _stop_ids(self) -> tuple[int, ...]:
-    named = self._json(_GENERATION).get("eos_token_id")
-    named = named if isinstance(named, list) else [named]
-    more = [x for x in named if isinstance(x, int) and x != self.eos_id]
-    return (self.eos_id, *more)
+    named = layout.ids_of(self._json(layout.GENERATION).get("eos_token_id"))
+    return (self.eos_id, *(x for x in named if x != self.eos_id))
 
   def _json(self, name: str) -> dict:
-    try:
-      value = parse_json(self._files.get(name, "{}"))
-    except ValueError as error:
-      raise DataError(f"{self._where}/{name}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-      found = kind_of(value)
-      raise DataError(
-        f"{self._where}/{name}: expected an object, found {found}"
-      )
-    return value
+    return layout.json_object(self._files, name, self._where)
+
+  @property
+  def _file(self) -> str:
+    return f"{self._where}/{layout.TOKENIZER}"
 
   def _find_eos(self) -> None:
-    for name in (_GENERATION, "config.json"):
-      ids = self._json(name).get("eos_token_id")
-      first = ids[0] if isinstance(ids, list) and ids else ids
-      if isinstance(first, int) and 0 <= first < self.vocab_size:
-        text = self._backend.id_to_token(first)
+    for name in (layout.GENERATION, layout.MODEL_CONFIG):
+      ids = layout.ids_of(self._json(name).get("eos_token_id"))
+      if ids and 0 <= ids[0] < self.vocab_size:
+        text = self._backend.id_to_token(ids[0])
         if text is not None:
           self.special_tokens["eos_token"] = text
           return
     raise DataError(
-      f"{self._where}: no end token; expected 'eos_token' in {_CONFIG} or "
-      "'eos_token_id' in generation_config.json"
+      f"{self._where}: no end token; expected 'eos_token' in {layout.CONFIG}"
+      f" or 'eos_token_id' in {layout.GENERATION}"
     )
 
   def _id(self, name: str) -> int | None:
@@ -189,59 +159,19 @@ class HFTokenizer:
     says = self._config.get("add_bos_token")
     if isinstance(says, bool):
       return says
-    with _library(self._where):
+    with layout.library(self._file):
       return self._backend.encode("a").ids[:1] == [self.bos_id]
-
-  def _template(self) -> str | None:
-    if _TEMPLATE in self._files:
-      return self._files[_TEMPLATE]
-    found = self._config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-      named = [one for one in found if isinstance(one, dict)]
-      found = next(
-        (one.get("template") for one in named if one.get("name") == "default"),
-        None,
-      )
-    if found is not None and not isinstance(found, str):
-      raise DataError(
-        f"{self._where}/{_CONFIG}: 'chat_template' must be a string, found "
-        f"{kind_of(found)}"
-      )
-    return found
 
 
 class ByteTokenizer(HFTokenizer):
   """Ids 0 pad, 1 beginning, 2 end, then byte b at 3 + b: 259 in all."""
 
   def __init__(self) -> None:
-    tokens = {"pad_token": "<|pad|>", "bos_token": "<|bos|>"}
-    tokens["eos_token"] = "<|eos|>"
-    vocabulary = {text: number for number, text in enumerate(tokens.values())}
-    letters = _byte_letters()
-    vocabulary |= {letter: 3 + byte for byte, letter in enumerate(letters)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.add_special_tokens(
-      [
-        tokenizers.AddedToken(text, special=True, normalized=False)
-        for text in tokens.values()
-      ]
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-      add_prefix_space=False, use_regex=False
-    )
-    backend.decoder = decoders.ByteLevel()
-    config = tokens | {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "add_bos_token": True,
-      "chat_template": _BYTE_TEMPLATE,
-      "clean_up_tokenization_spaces": False,
-    }
-    files = {"tokenizer.json": backend.to_str(), _CONFIG: json.dumps(config)}
-    super().__init__(files, "byte tokenizer")
+    super().__init__(byte_tokenizer.files(), "byte tokenizer")
 
 
 def load_tokenizer(spec: str) -> HFTokenizer:
-  """`bytes`, or a directory that holds `tokenizer.json`. Raises DataError."""
+  """`bytes`, or a directory in Hugging Face layout. Raises DataError."""
   if spec == "bytes":
     return ByteTokenizer()
   return HFTokenizer.load(os.path.expanduser(spec))
@@ -260,48 +190,8 @@ def check_text(text: object, place: str) -> None:
 
 
 def _backend(text: str, where: str) -> tokenizers.Tokenizer:
-  with _library(where):
+  with layout.library(f"{where}/{layout.TOKENIZER}"):
     backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
   return backend
-
-
-@contextlib.contextmanager
-def _library(where: str) -> Iterator[None]:
-  """Turns what the library raises over a damaged file into a DataError."""
-  try:
-    yield
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  # A panic inside the library is not an Exception.
-  except BaseException as error:
-    reason = str(error).splitlines()[0] if str(error) else "no reason given"
-    raise DataError(
-      f"{where}/tokenizer.json: not a usable tokenizer ({reason[:200]})"
-    ) from None
-
-
-def _token_texts(config: dict) -> dict[str, str]:
-  """`*_token` entries; each is a string, or an object with `content`."""
-  texts = {}
-  for name, value in config.items():
-    if isinstance(value, dict):
-      value = value.get("content")
-    if name.endswith("_token") and isinstance(value, str):
-      texts[name] = value
-  return texts
-
-
-def _fingerprint(text: str, ids: list, template: str | None) -> str:
-  payload = json.dumps([text, ids, template], sort_keys=True)
-  return hashlib.sha256(payload.encode()).hexdigest()
-
-
-def _byte_letters() -> list[str]:
-  """The visible character by which byte-level vocabularies write each byte."""
-  visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  hidden = [byte for byte in range(256) if byte not in visible]
-  letters = {byte: chr(byte) for byte in visible}
-  letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-  return [letters[byte] for byte in range(256)]

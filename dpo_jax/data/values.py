@@ -61,11 +61,27 @@ def _message(value: Any, place: str) -> Message:
   if "role" not in message and "from" in message:
     role, content = message["from"], message.get("value")
     message = {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content}
+  if isinstance(message.get("content"), list):
+    parts = enumerate(message["content"])
+    texts = [_part(one, f"{place}.content[{i}]") for i, one in parts]
+    message["content"] = "".join(texts)
   for key in ("role", "content"):
     if not isinstance(message.get(key), str):
       found = kind_of(message.get(key))
       raise DataError(f"'{place}.{key}' must be a string, found {found}")
   return message
+
+
+def _part(value: Any, place: str) -> str:
+  """The text of one part of a message that has several."""
+  kind = value.get("type", "text") if isinstance(value, dict) else None
+  if kind != "text":
+    found = kind_of(value) if kind is None else f"{kind!r}"
+    raise DataError(f"{place!r} must be a part of type 'text', found {found}")
+  if not isinstance(value.get("text"), str):
+    found = kind_of(value.get("text"))
+    raise DataError(f"'{place}.text' must be a string, found {found}")
+  return value["text"]
 
 
 def answer(row: dict, key: str) -> list[Message]:

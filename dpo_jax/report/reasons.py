@@ -12,6 +12,8 @@ REASONS = {
   "response_cut": "a response was too long: its end was cut",
   "boundary_moved": "the tokenizer merged text across the end of the prompt;"
   " the split moved to the last token that both sides share",
+  "opening_left_out": "the chat template does not begin an answered turn as it"
+  " opens one; the prompt ends where all answers begin",
   "extra_turns": "turns after the scored response were left out",
   "undesirable_skipped": "this method learns from desirable examples only",
 }
