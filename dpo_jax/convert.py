@@ -18,6 +18,7 @@ from dpo_jax.convert_sources import (
   load_hf,
   load_orbax,
   load_run,
+  with_adapters,
 )
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import hf, lora
@@ -42,6 +43,7 @@ def convert(
   step: int | None = None,
   dtype: str = "",
   max_shard_bytes: int = SHARD_BYTES,
+  adapter: str | os.PathLike = "",
 ) -> str:
   """Writes `target`, which appears only when it is whole.
 
@@ -52,6 +54,7 @@ def convert(
     step: of a run; None is its newest checkpoint.
     dtype: of the weights; "" keeps that of each tensor.
     max_shard_bytes: start another safetensors file beyond this size.
+    adapter: PEFT folder, to be merged into the weights of a Hugging Face one.
 
   Returns:
     A line that says what was done.
@@ -64,10 +67,18 @@ def convert(
   kind = kind_of(source)
   if step is not None and kind != "run":
     raise ConfigError(f"{source} is no work directory of a run; it has no step")
+  if adapter and not kind == form == "hf":
+    raise ConfigError(
+      f"an adapter is merged into a Hugging Face folder, and to one; {source}"
+      f" is {kind}, wanted is {form}"
+    )
   _check_target(source, target)
   cast = np.dtype(jnp.dtype(dtype)) if dtype else None
   try:
-    if kind == form == "hf":
+    if adapter:
+      loaded = with_adapters(load_hf(source), adapter)
+      _write(loaded, target, form, cast, max_shard_bytes)
+    elif kind == form == "hf":
       _rewrite(source, target, cast, max_shard_bytes)
     else:
       if kind == "run":
@@ -79,6 +90,7 @@ def convert(
   except OSError as e:
     raise CheckpointError(f"{target}: cannot be written: {e}") from e
   of = f"step {step} of {source}" if kind == "run" else f"{source} ({kind})"
+  of += f" with {adapter}" if adapter else ""
   return f"{target} ({form}): {of}, {dtype or 'dtype as it was'}"
 
 

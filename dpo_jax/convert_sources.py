@@ -23,7 +23,7 @@ from dpo_jax import checkpoint, sharding
 from dpo_jax.build import build, load_policy
 from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError
-from dpo_jax.models import hf
+from dpo_jax.models import hf, peft
 from dpo_jax.models.hf_files import INDEX, read_object
 from dpo_jax.trainable import Trainable
 from dpo_jax.workdir import Workdir
@@ -89,7 +89,12 @@ def load_run(workdir: pathlib.Path, step: int) -> Source:
   place = Workdir(workdir)
   config = from_dict(read_object(place.config)["config"])
   # The run's mesh is of other machines; here its weights lie over all devices.
-  config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1))
+  # Adapters of a base in few bits go to that base as it was.
+  config = dataclasses.replace(
+    config,
+    mesh=Mesh(data=1, fsdp=-1),
+    model=dataclasses.replace(config.model, quantize=""),
+  )
   built = build(config)
   trainable = Trainable(built.abstract, config.optim.freeze)
   trained, frozen = trainable.split(built.abstract)
@@ -133,6 +138,18 @@ def load_hf(folder: pathlib.Path) -> Source:
   abstract = hf.as_stored(folder, module.HF_NAMES, abstract)
   variables = hf.load_variables(folder, module.HF_NAMES, abstract)
   return Source(module, config, variables, lambda to: copy_rest(folder, to))
+
+
+def with_adapters(source: Source, path: str | os.PathLike) -> Source:
+  """The model with a folder of PEFT's beside its weights.
+
+  Raises:
+    CheckpointError: damaged, or of another model.
+  """
+  params = source.variables["params"]
+  what = peft.read_config(path)
+  adapters = peft.read(path, source.module.HF_NAMES, params, what)
+  return source._replace(variables=source.variables | {"lora": adapters})
 
 
 def load_orbax(folder: pathlib.Path) -> Source:

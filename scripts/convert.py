@@ -3,6 +3,7 @@ between Hugging Face folders and orbax.
 
   python scripts/convert.py --from=runs/dpo --to=served [--step=3000]
   python scripts/convert.py --from=MODEL --to=SMALLER --dtype=bfloat16
+  python scripts/convert.py --from=MODEL --adapter=ADAPTER --to=MERGED
   python scripts/convert.py --from=MODEL --to=VARIABLES --format=orbax
   python scripts/convert.py --from=VARIABLES --to=MODEL
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--format", choices=FORMS, default="hf", help="of --to")
   parser.add_argument("--step", type=int, help="of a run (its newest)")
   parser.add_argument(
+    "--adapter", default="", help="PEFT folder to merge into a model's"
+  )
+  parser.add_argument(
     "--dtype", choices=DTYPES, default="", help="of the weights (as they are)"
   )
   parser.add_argument(
@@ -53,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
       step=args.step,
       dtype=args.dtype,
       max_shard_bytes=int(args.max_shard_gb * 2**30),
+      adapter=args.adapter,
     )
     print(line)
 

@@ -15,8 +15,9 @@ from runs import (  # noqa: F401
 )
 
 from dpo_jax import dry_run
-from dpo_jax.answers import answer_texts
+from dpo_jax.asking import answer_texts
 from dpo_jax.build import build, load_policy
+from dpo_jax.convert import convert
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.judge import judge
@@ -81,6 +82,19 @@ def test_the_exported_model_is_the_base_with_the_adapters(
   ]
   np.testing.assert_allclose(logps[0], logps[1], rtol=1e-5, atol=1e-3)
   assert np.abs(logps[0] - logps[2]).max() > 1e-2
+
+
+def test_merging_an_adapter_by_the_script_gives_the_exported_model(
+  base, finished, tmp_path
+):
+  _, workdir = finished
+  line = convert(base, tmp_path / "m", adapter=workdir / "adapter")
+  assert str(workdir / "adapter") in line
+  for file in ("model.safetensors", "tokenizer.json"):
+    there = (tmp_path / "m" / file).read_bytes()
+    assert there == (workdir / "model" / file).read_bytes()
+  with pytest.raises(ConfigError, match="merged into a Hugging Face folder"):
+    convert(base, tmp_path / "n", form="orbax", adapter=workdir / "adapter")
 
 
 def test_adapters_evaluate_and_answer_as_the_merged_model(

@@ -11,6 +11,7 @@ from runs import compile_once, on_base, save_base  # noqa: F401
 
 from dpo_jax import sharding
 from dpo_jax.build import build, load_policy, load_variables
+from dpo_jax.convert import convert
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import llama, mixtral, quantize
@@ -120,6 +121,15 @@ def test_a_run_on_a_packed_base_learns_and_leaves_adapters(
   assert whole == sum(x.size for x in leaves(load_variables(
     on_base(corpus, base), build(on_base(corpus, base)))).values()
   )  # fmt: skip
+
+  # To serve: on the base as it was.
+  convert(tmp_path / "run", tmp_path / "served")
+  convert(base, tmp_path / "merged", adapter=tmp_path / "run" / "adapter")
+  served, merged = (
+    (tmp_path / name / "model.safetensors").read_bytes()
+    for name in ("served", "merged")
+  )
+  assert served == merged
 
   # The adapters on the base as it was score nearly what they were trained to.
   adapter = {"lora.path": str(tmp_path / "run" / "adapter")}
