@@ -87,7 +87,7 @@ class Optim:
 class Train:
   batch_size: int = 64  # examples a step, over all devices
   microbatches: int = 1  # parts of it that run one after another
-  router_balance: float = 0.0  # weight of the loss that keeps experts busy
+  router_balance: float = 1.0  # factor on the model's own weight of that loss
   epochs: float = 1.0
   steps: int = 0  # instead of epochs, where above 0
   eval_batch_size: int = 0  # 0: batch_size

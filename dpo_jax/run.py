@@ -1,6 +1,7 @@
 """Everything a run is made of, built from its config."""
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from dpo_jax.errors import ConfigError
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
+
+_LOG = logging.getLogger("dpo_jax")
 
 
 class Run:
@@ -39,15 +42,13 @@ class Run:
     self.built = built or build(config)
     mesh = self.built.mesh
     _check_packed(config, self.built)
-    if config.train.router_balance and not self.built.model.router:
-      raise ConfigError(
-        "config.train.router_balance: this model has no experts to balance"
-      )
     self.data = load_data(config, self.built, self.loss)
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
     self.steps = len(self.train_plan)
     o = dict(vars(config.optim))
+    if config.model.param_dtype == "bfloat16" and not self.built.lora:
+      _warn_of_lost_updates(config)
     self.trainable = Trainable(
       self.built.abstract, o.pop("freeze"), o.pop("rates")
     )
@@ -70,7 +71,7 @@ class Run:
         tx=self.tx,
         join=self.trainable.join,
         dropout_seed=_dropout_seed(config, self.built),
-        router_balance=config.train.router_balance,
+        router_balance=_router_balance(config, self.built.model),
         microbatches=config.train.microbatches,
         sync_every=config.reference.sync_every,
         sync_mixup=config.reference.sync_mixup,
@@ -210,9 +211,27 @@ class Run:
     )
 
 
+def _router_balance(config: Config, model: Any) -> float:
+  """Weight of the loss that keeps a model's experts equally busy."""
+  weight = model.config.router_weight if model.router else None
+  return config.train.router_balance * (weight or 0.0)
+
+
 def _dropout_seed(config: Config, built: Built) -> int | None:
   """Seed of what adapters do not see; None if they see all."""
   return config.seed if built.lora and built.lora.dropout else None
+
+
+def _warn_of_lost_updates(config: Config) -> None:
+  """Adam moves a weight by the learning rate; of a bfloat16 of the usual size,
+  0.02, a 512th is the least that shows."""
+  rate = config.optim.learning_rate
+  if rate < 0.02 / 512:
+    _LOG.warning(
+      "model.param_dtype=bfloat16 loses most updates at a learning rate of %g;"
+      " float32 weights with model.dtype=bfloat16 keep them",
+      rate,
+    )
 
 
 def _check_packed(config: Config, built: Built) -> None:

@@ -70,6 +70,7 @@ class Config:
   experts: int | None = None  # MLPs that tokens choose from; None: one for all
   experts_per_token: int = 2
   norm_topk: bool = True  # the chosen experts' weights add up to 1
+  router_weight: float | None = 0.001  # of `moe.balance` in the loss
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

@@ -186,7 +186,11 @@ def expert_fields(hf: dict[str, Any], otherwise: int) -> dict[str, Any]:
     raise ValueError(f"{names[0]}={count!r} and {names[1]}={others[0]!r}")
   if type(count) is not int or count < 1:
     raise ValueError(f"experts={count!r} should be a size")
-  return {"experts": count, "experts_per_token": hf["num_experts_per_tok"]}
+  return {
+    "experts": count,
+    "experts_per_token": hf["num_experts_per_tok"],
+    "router_weight": hf.get("router_aux_loss_coef", 0.001) or None,
+  }
 
 
 def write(

@@ -60,4 +60,5 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     "sliding_window": config.window,
     "num_local_experts": config.experts,
     "num_experts_per_tok": config.experts_per_token,
+    "router_aux_loss_coef": config.router_weight or 0.0,
   }

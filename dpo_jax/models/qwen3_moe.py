@@ -83,6 +83,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     "moe_intermediate_size": config.ffn,
     "num_experts": config.experts,
     "num_experts_per_tok": config.experts_per_token,
+    "router_aux_loss_coef": config.router_weight or 0.0,
     "norm_topk_prob": config.norm_topk,
   }
 

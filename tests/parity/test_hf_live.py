@@ -1,5 +1,6 @@
 """Checkpoints in and out against transformers, with weights drawn anew."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -114,6 +115,37 @@ def test_reads_checkpoints(rng, tmp_path, kind, sharded):
     our_logits(*load(tmp_path), ids), their_logits(theirs, ids),
     rtol=1e-4, atol=1e-4,
   )  # fmt: skip
+
+
+BY_FAMILY = (
+  "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2",
+  "gemma3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BY_FAMILY)
+def test_bfloat16_is_as_near_to_float32_as_theirs(rng, tmp_path, kind):
+  drawn(rng, kind).to(torch.bfloat16).save_pretrained(tmp_path)
+
+  def read(dtype):  # anew: rotary frequencies stay float32 so
+    return transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+  model, variables = load(tmp_path)
+  ids = rng.integers(0, model.config.vocab_size, (2, 60))
+  exact = our_logits(model, variables, ids)
+  # The file in bfloat16, read into float32: nothing is lost.
+  np.testing.assert_allclose(
+    exact, their_logits(read(torch.float32), ids), rtol=1e-4, atol=1e-4
+  )
+  module, config = hf.read_config(tmp_path)
+  low = module.Model(config, module.Compute(dtype=jnp.bfloat16))
+  ours = np.asarray(our_logits(low, variables, ids), np.float32)
+  with torch.no_grad():
+    rounded = read(torch.bfloat16)(torch.tensor(ids)).logits.float()
+  off = lambda x: np.sqrt(np.mean((np.asarray(x) - np.asarray(exact)) ** 2))
+  assert 0 < off(ours) < 2 * off(rounded.numpy())
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
