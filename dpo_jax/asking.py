@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.answers import Answerer
-from dpo_jax.build import build, load_policy
+from dpo_jax.build import build
 from dpo_jax.config import Config
 from dpo_jax.data import chat as chat_template
 from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import ConfigError
+from dpo_jax.weights import load_policy
 
 
 def answer_texts(

@@ -1,4 +1,5 @@
-"""From a config to the objects of a run: mesh, tokenizer, model, data."""
+"""From a config to the objects of a run: mesh, tokenizer, model, data; weights
+are the next module's."""
 
 import functools
 import logging
@@ -22,7 +23,7 @@ from dpo_jax.data.store import (
   load_examples,
 )
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.errors import CheckpointError, ConfigError
+from dpo_jax.errors import ConfigError
 from dpo_jax.losses import Loss
 from dpo_jax.models import hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
@@ -104,18 +105,9 @@ def build(config: Config) -> Built:
   if c.quantize:
     pack = functools.partial(quantize.pack, kind=c.quantize)
     abstract["params"] = jax.eval_shape(pack, abstract["params"])
-  abstract = _placed(abstract, mesh)
+  abstract = sharding.placed(abstract, mesh)
   score = make_score(model, tile=c.head_tile, place_head=pins.head)
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
-
-
-def _placed(abstract, mesh) -> Any:
-  """Shapes and dtypes, with where each lies on the mesh."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    sharding.shard_tree(abstract, mesh),
-  )
 
 
 def _experts(config, family) -> dict[str, int]:
@@ -156,54 +148,6 @@ def _abstract_adapters(config, family, abstract, lora) -> Any:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
     peft.read(config.lora.path, family.HF_NAMES, params, lora),
   )
-
-
-def load_policy(config: Config, built: Built) -> Any:
-  """Variables that the config starts from: `load_variables`, and adapters
-  where there are any, read or new."""
-  variables = load_variables(config, built)
-  if built.lora is None:
-    return variables
-  abstract = built.abstract
-  shardings = jax.tree.map(lambda x: x.sharding, abstract["lora"])
-  if config.lora.path:
-    read = peft.read(
-      config.lora.path, built.family.HF_NAMES, abstract["params"], built.lora
-    )
-    return variables | {"lora": jax.device_put(read, shardings)}
-  init = jax.jit(
-    lambda key: lora_layers.init(key, abstract["params"], built.lora),
-    out_shardings=shardings,
-  )
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  return variables | {"lora": init(key)}
-
-
-def load_variables(config: Config, built: Built, path: str = "") -> Any:
-  """Weights of `path`, or of the config's model, or random by the seed;
-  sharded as they are made, without adapters, in few bits if the config says
-  so."""
-  variables = _whole_variables(config, built, path or config.model.path)
-  if config.model.quantize:
-    packed = quantize.pack(variables.pop("params"), config.model.quantize)
-    variables["params"] = packed
-  return variables
-
-
-def _whole_variables(config, built, path) -> Any:
-  init = built.model.init_variables
-  abstract = _placed(jax.eval_shape(init, jax.random.key(0)), built.mesh)
-  if path:
-    path = os.path.expanduser(path)
-    _, shape = hf.read_config(path)
-    if shape != built.model.config:
-      raise CheckpointError(
-        f"{path}: a model of another config than {config.model.path}:"
-        f" {shape} there, {built.model.config} here"
-      )
-    return hf.load_variables(path, built.family.HF_NAMES, abstract)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 class Data(NamedTuple):

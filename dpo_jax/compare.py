@@ -9,10 +9,11 @@ import numpy as np
 
 from dpo_jax import evaluate, losses, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
-from dpo_jax.build import build, load_data, load_variables
+from dpo_jax.build import build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+from dpo_jax.weights import load_variables
 
 
 class Row(NamedTuple):

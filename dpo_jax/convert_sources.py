@@ -20,12 +20,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax import checkpoint, sharding
-from dpo_jax.build import build, load_policy
+from dpo_jax.build import build
 from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, peft
 from dpo_jax.models.hf_files import INDEX, read_object
 from dpo_jax.trainable import Trainable
+from dpo_jax.weights import load_policy
 from dpo_jax.workdir import Workdir
 
 VARIABLES = "variables"
@@ -123,13 +124,8 @@ def _shapes(folder: pathlib.Path) -> tuple[types.ModuleType, Any, Any]:
   module, config = hf.read_config(folder)
   model = module.Model(config)
   abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
-  places = sharding.shard_tree(abstract, sharding.make_mesh(data=1, fsdp=-1))
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    places,
-  )
-  return module, config, abstract
+  mesh = sharding.make_mesh(data=1, fsdp=-1)
+  return module, config, sharding.placed(abstract, mesh)
 
 
 def load_hf(folder: pathlib.Path) -> Source:

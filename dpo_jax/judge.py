@@ -6,10 +6,11 @@ from typing import Any
 
 from dpo_jax import evaluate, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
-from dpo_jax.build import build, load_data, load_policy, load_variables
+from dpo_jax.build import build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+from dpo_jax.weights import load_policy, load_variables
 
 _LOG = logging.getLogger("dpo_jax")
 

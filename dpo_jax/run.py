@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from dpo_jax import evaluate, losses, optim, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
-from dpo_jax.build import Built, build, load_data, load_policy, load_variables
+from dpo_jax.build import Built, build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
+from dpo_jax.weights import load_policy, load_variables
 
 _LOG = logging.getLogger("dpo_jax")
 
@@ -204,11 +205,7 @@ class Run:
       jax.eval_shape(self.loss.initial_state),
       self.built.abstract if self.follows else None,
     )
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state,
-      sharding.shard_tree(state, mesh),
-    )
+    return sharding.placed(state, mesh)
 
 
 def _router_balance(config: Config, model: Any) -> float:

@@ -100,6 +100,15 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def placed(tree: Any, mesh: Mesh) -> Any:
+  """Shapes and dtypes of a tree, with where each lies by `RULES`."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shard_tree(tree, mesh),
+  )
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Numpy batch, the same on every host, to arrays split over its rows; each
   host hands its devices only their rows."""

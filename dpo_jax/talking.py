@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dpo_jax import sample
 from dpo_jax.asking import chat_ids, first_turn, require_model
-from dpo_jax.build import build, load_policy
+from dpo_jax.build import build
 from dpo_jax.config import Config
 from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import ConfigError, UserError
+from dpo_jax.weights import load_policy
 
 HELP = "/reset forgets all, /quit or ctrl-D ends, ctrl-C stops an answer"
 _UNFINISHED = "\ufffd"  # what decoding shows for half a character

@@ -10,9 +10,10 @@ import jax
 import pytest
 from shared import SHARED, needs_shared
 
-from dpo_jax.build import build, load_variables
+from dpo_jax.build import build
 from dpo_jax.config import Config, Model
 from dpo_jax.models import hf
+from dpo_jax.weights import load_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORIES = SHARED / "data" / "stories260k"

@@ -15,11 +15,12 @@ from configs import compare_losses
 from configs import losses as any_loss
 from dpo_jax import compare as compare_module
 from dpo_jax import losses
-from dpo_jax.build import build, load_variables
+from dpo_jax.build import build
 from dpo_jax.compare import Row, compare, losses_to_compare
 from dpo_jax.config import Config, Data, Model, Sample, Train, from_dict
 from dpo_jax.models import hf
 from dpo_jax.report import comparison
+from dpo_jax.weights import load_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,7 +13,7 @@ import pytest
 from dpo_jax import evaluate, judge, losses, metrics, sharding
 from dpo_jax.answers import Answerer, load_reward
 from dpo_jax.batch import Scores
-from dpo_jax.build import build, load_variables
+from dpo_jax.build import build
 from dpo_jax.config import Config, Data, Model, Reference, Sample, Train
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
@@ -21,6 +21,7 @@ from dpo_jax.errors import ConfigError
 from dpo_jax.evaluate import Evaluation, by_subset
 from dpo_jax.models import hf
 from dpo_jax.score import summed
+from dpo_jax.weights import load_variables
 
 VOCABULARY = 40
 N = 23

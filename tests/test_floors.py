@@ -28,6 +28,7 @@ FLOORS = (
   ("sample",),
   ("train_step",),
   ("evaluate", "build"),
+  ("weights",),
   ("answers", "convert_sources"),
   ("run", "judge", "convert", "asking"),
   ("finish", "dry_run", "talking"),

@@ -26,7 +26,7 @@ from hf_cases import (
 from shared import SHARED, needs_shared
 
 from dpo_jax import losses
-from dpo_jax.build import build, load_variables
+from dpo_jax.build import build
 from dpo_jax.config import Config, Model
 from dpo_jax.data.encode import EncodeSettings
 from dpo_jax.data.plan import Plan
@@ -34,6 +34,7 @@ from dpo_jax.data.store import load_examples
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, llama, rope
 from dpo_jax.train_step import TrainState, evaluate_step, train_step
+from dpo_jax.weights import load_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLAMA = SHARED / "data" / "hf_golden" / "llama"

@@ -16,13 +16,14 @@ from runs import (  # noqa: F401
 
 from dpo_jax import dry_run
 from dpo_jax.asking import answer_texts
-from dpo_jax.build import build, load_policy
+from dpo_jax.build import build
 from dpo_jax.convert import convert
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.judge import judge
 from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
+from dpo_jax.weights import load_policy
 
 LORA = {"lora.rank": 4, "lora.alpha": 16.0, "lora.dropout": 0.1}
 

@@ -10,13 +10,14 @@ import pytest
 from runs import compile_once, on_base, save_base  # noqa: F401
 
 from dpo_jax import sharding
-from dpo_jax.build import build, load_policy, load_variables
+from dpo_jax.build import build
 from dpo_jax.convert import convert
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import llama, mixtral, quantize
 from dpo_jax.run import Run
 from dpo_jax.train import train
+from dpo_jax.weights import load_policy, load_variables
 
 qwix = pytest.importorskip("qwix", reason="an extra: pip install qwix")
 

@@ -10,10 +10,13 @@ import jax
 import pytest
 
 from dpo_jax.asking import answer_texts
+from dpo_jax.build import build
 from dpo_jax.config import Config, Model, Sample
 from dpo_jax.data.tokenizer import ByteTokenizer
 from dpo_jax.errors import ConfigError
+from dpo_jax.models import hf
 from dpo_jax.talking import Conversation, open_conversation, talk
+from dpo_jax.weights import load_variables
 
 BYTES = ByteTokenizer()
 
@@ -134,9 +137,6 @@ def test_text_that_is_none_is_named_and_the_conversation_goes_on():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """A model folder with the byte tokenizer."""
-  from dpo_jax.build import build, load_variables
-  from dpo_jax.models import hf
-
   config = Config(
     model=Model(
       tokenizer="bytes", width=8, layers=1, heads=2, kv_heads=1, ffn=8

@@ -42,7 +42,7 @@ def pack(params: Any, kind: str) -> Any:
   kernel at a time is there twice.
 
   Args:
-    params: collection of a decoder; packed leaves are given up.
+    params: collection of a decoder, which the caller should hold no longer.
     kind: one of KINDS.
 
   Raises:
@@ -53,6 +53,7 @@ def pack(params: Any, kind: str) -> Any:
       f"config.model.quantize={kind!r} should be one of {', '.join(KINDS)}"
     )
   leaves = traverse.flatten_dict(params, sep="/")
+  del params  # or it would keep what is packed
   for path in list(leaves):
     if _KERNEL.fullmatch(path):
       leaves[path] = _pack_one(path, kind, leaves[path])

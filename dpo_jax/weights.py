@@ -1,0 +1,63 @@
+"""The variables that a config starts from: read, or drawn by its seed."""
+
+import os
+from typing import Any
+
+import jax
+
+from dpo_jax import sharding
+from dpo_jax.build import Built
+from dpo_jax.config import Config
+from dpo_jax.errors import CheckpointError
+from dpo_jax.models import hf, lora, peft, quantize
+
+
+def load_policy(config: Config, built: Built) -> Any:
+  """Variables that the config starts from: `load_variables`, and adapters
+  where there are any, read or new."""
+  variables = load_variables(config, built)
+  if built.lora is None:
+    return variables
+  abstract = built.abstract
+  shardings = jax.tree.map(lambda x: x.sharding, abstract["lora"])
+  if config.lora.path:
+    read = peft.read(
+      config.lora.path, built.family.HF_NAMES, abstract["params"], built.lora
+    )
+    return variables | {"lora": jax.device_put(read, shardings)}
+  init = jax.jit(
+    lambda key: lora.init(key, abstract["params"], built.lora),
+    out_shardings=shardings,
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  return variables | {"lora": init(key)}
+
+
+def load_variables(config: Config, built: Built, path: str = "") -> Any:
+  """Weights of `path`, or of the config's model, or random by the seed;
+  sharded as they are made, without adapters, in few bits if the config says
+  so."""
+  variables = _whole_variables(config, built, path or config.model.path)
+  if config.model.quantize:
+    packed = quantize.pack(variables.pop("params"), config.model.quantize)
+    places = jax.tree.map(lambda x: x.sharding, built.abstract["params"])
+    variables["params"] = jax.device_put(packed, places)
+  return variables
+
+
+def _whole_variables(config, built, path) -> Any:
+  init = built.model.init_variables
+  abstract = sharding.placed(
+    jax.eval_shape(init, jax.random.key(0)), built.mesh
+  )
+  if path:
+    path = os.path.expanduser(path)
+    _, shape = hf.read_config(path)
+    if shape != built.model.config:
+      raise CheckpointError(
+        f"{path}: a model of another config than {config.model.path}:"
+        f" {shape} there, {built.model.config} here"
+      )
+    return hf.load_variables(path, built.family.HF_NAMES, abstract)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
