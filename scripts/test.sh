@@ -10,4 +10,6 @@ if [ "${1:-}" = "--parity" ]; then
   install requirements-parity.txt
   group="parity"
 fi
-exec "$venv/bin/python" -m pytest -m "$group" "$@"
+# Two processes: compiling, most of the time, takes one core. Each file stays
+# with one of them; -n0 turns it off.
+exec "$venv/bin/python" -m pytest -m "$group" -n 2 --dist loadfile "$@"

@@ -28,3 +28,14 @@ def forget_programs():
   process may have, and the compiler then ends it."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+  """For tests whose programs run once or twice: optimising these would take
+  most of the time. Not where what is tested is what the optimiser makes."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)

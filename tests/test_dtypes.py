@@ -30,14 +30,7 @@ FAMILIES = {
 KINDS = {"float32": (F32, F32), "mixed": (BF16, F32), "bfloat16": (BF16, BF16)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def batch():

@@ -27,14 +27,7 @@ VOCABULARY = 40
 N = 23
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once or twice; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def examples_of(kind, n=N, seed=0):

@@ -23,14 +23,7 @@ NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once or twice; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def copy_of(name, to, style="config.json", **changes):

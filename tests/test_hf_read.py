@@ -20,14 +20,7 @@ from hf_cases import (
 
 from dpo_jax.models import hf, hf_read, llama
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture

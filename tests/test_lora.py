@@ -28,14 +28,7 @@ MODEL = llama.Model(CONFIG)
 SCORE = make_score(MODEL, tile=16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once or twice; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @functools.cache

@@ -13,14 +13,7 @@ from dpo_jax.models import grouped, moe
 WIDTH, FFN = 12, 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once or twice; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def routed(experts=5, k=2, norm_topk=True, seed=0, dtype=jnp.float32):

@@ -45,14 +45,7 @@ QWEN = qwen3_moe.Config(
 MESHES = [(8, 1, 1, 20), (2, 2, 2, 20), (1, 8, 1, 20), (4, 1, 2, 15)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  # Each program runs once or twice; optimising it would take most of the time.
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def make_model(config=CONFIG, dtype=jnp.float32, **compute):

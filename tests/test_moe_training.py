@@ -19,6 +19,8 @@ from dpo_jax.score import make_score
 from dpo_jax.train import train
 from dpo_jax.train_step import TrainState, train_step
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MODEL = mixtral.Model(
   mixtral.Config(
     vocab_size=24, width=8, ffn=12, layers=2, heads=2, kv_heads=2, head_dim=4,

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from dpo_jax.train import train
 from dpo_jax.weights import load_policy, load_variables
 
 qwix = pytest.importorskip("qwix", reason="an extra: pip install qwix")
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SHAPE = {
   "vocab_size": 24, "width": 96, "ffn": 40, "layers": 2, "heads": 4,
@@ -89,6 +92,46 @@ def test_a_value_takes_its_bits_and_a_share_of_a_scale(kind, bits):
   assert packed.qvalue.dtype.itemsize * 8 in (bits, 8)
   assert jnp.iinfo(packed.qvalue.dtype).bits == bits
   assert packed.scale.shape == (2, 96 // 32, 40)  # 32 is what 64 shares with it
+
+
+# The 16 values of QLoRA's appendix E, of weights within [-1, 1].
+NF4 = [
+  -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500,
+  0.0, 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170,
+  0.7229568, 1.0,
+]  # fmt: skip
+
+
+def test_nf4_has_the_papers_values_and_takes_the_nearest():
+  rng = np.random.default_rng(0)
+  up = jnp.asarray(rng.normal(size=(1, 64, 300)), jnp.float32)
+  packed = quantize.pack({"layers": {"mlp": {"up": {"kernel": up}}}}, "nf4")
+  kernel = packed["layers"]["mlp"]["up"]["kernel"]
+  largest = np.abs(up).max(axis=1, keepdims=True)  # of a tile
+  found = quantize.unpack(kernel) / largest
+  np.testing.assert_allclose(np.unique(np.round(found, 5)), NF4, atol=2e-5)
+  far = np.abs((up / largest)[..., None] - np.array(NF4))
+  nearest = np.array(NF4)[far.argmin(axis=-1)]
+  np.testing.assert_allclose(found, nearest, atol=1e-5)
+
+
+def test_packing_gives_up_each_kernel_as_it_goes(monkeypatch):
+  _, variables = drawn()
+  kernels = [
+    weakref.ref(leaf)
+    for path, leaf in sorted(leaves(variables["params"]).items())
+    if path.endswith("kernel")
+  ]
+  alive, pack_one = [], quantize._pack_one
+
+  def counting(path, kind, kernel):
+    alive.append(sum(one() is not None for one in kernels))
+    return pack_one(path, kind, kernel)
+
+  monkeypatch.setattr(quantize, "_pack_one", counting)
+  params = [variables.pop("params")]
+  quantize.pack(params.pop(), "int8")
+  assert alive == list(range(len(kernels), 0, -1))
 
 
 def test_parts_of_a_kernel_lie_on_the_mesh_as_the_kernel_does():

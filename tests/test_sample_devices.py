@@ -46,12 +46,7 @@ def tiny(mesh=None):
   return model, variables
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  before = jax.config.values[QUICK]
-  jax.config.update(QUICK, True)
-  yield
-  jax.config.update(QUICK, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def answers(mesh=None, some=SETTINGS, **more):

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from dpo_jax.asking import answer_texts
@@ -21,13 +20,7 @@ from dpo_jax.weights import load_variables
 BYTES = ByteTokenizer()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  name = "jax_disable_most_optimizations"
-  before = jax.config.values[name]
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 class Said:
