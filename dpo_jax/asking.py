@@ -9,7 +9,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import chat as chat_template
 from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import ConfigError
-from dpo_jax.weights import load_policy
+from dpo_jax.weights import load_policy, refuse_new_adapters
 
 
 def answer_texts(
@@ -65,9 +65,11 @@ def answer_texts(
 
 
 def require_model(config: Config) -> None:
-  """Raises ConfigError where no model is named."""
+  """Raises ConfigError where no model is named, or one with adapters that
+  nobody trained."""
   if not config.model.path:
     raise ConfigError("config.model.path is empty; name the model to sample")
+  refuse_new_adapters(config)
 
 
 def first_turn(text: str, system: str = "") -> list[dict[str, str]]:

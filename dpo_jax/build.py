@@ -1,6 +1,7 @@
 """From a config to the objects of a run: mesh, tokenizer, model, data; weights
 are the next module's."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -125,17 +126,32 @@ def _experts(config, family) -> dict[str, int]:
 def _lora(config: Config) -> Lora | None:
   c = config.lora
   if c.path:
-    lora = peft.read_config(os.path.expanduser(c.path))
+    lora = peft.read_config(c.path)
     if c.rank not in (0, lora.rank):
       raise ConfigError(
         f"config.lora.rank={c.rank}, and the adapters of {c.path} have rank"
         f" {lora.rank}; leave the rank to the folder"
       )
-    return lora
+    _refuse_set(c, ("alpha", "targets", "rslora"), f"the adapters of {c.path}"
+                " say that themselves")  # fmt: skip
+    # Of training, and not of what the adapters are.
+    return dataclasses.replace(lora, dropout=c.dropout)
   if not c.rank:
+    _refuse_set(
+      c, ("alpha", "targets", "rslora", "dropout"),
+      "there are no adapters; set config.lora.rank, or a config.lora.path",
+    )  # fmt: skip
     return None
   targets = tuple(x.strip() for x in c.targets.split(",") if x.strip())
   return Lora(c.rank, c.alpha, targets, c.dropout, c.rslora)
+
+
+def _refuse_set(section, names, why) -> None:
+  """Settings that would be ignored."""
+  for name in names:
+    value = getattr(section, name)
+    if value != getattr(type(section)(), name):
+      raise ConfigError(f"config.lora.{name}={value!r}: {why}")
 
 
 def _abstract_adapters(config, family, abstract, lora) -> Any:

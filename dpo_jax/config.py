@@ -79,7 +79,7 @@ class Optim:
   epsilon: float = 1e-8
   momentum: float = 0.0
   clip_norm: float = 1.0
-  freeze: str = ""  # pattern of weights that stay, e.g. "embed|layers/[0-7]/"
+  freeze: str = ""  # pattern of weights that stay, e.g. "embed|mlp"
   rates: str = ""  # factors on learning rates: "embed=0.1 mlp=0.5"
 
 

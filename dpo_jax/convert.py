@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dpo_jax.config import from_dict
 from dpo_jax.convert_sources import (
   VARIABLES,
   Source,
@@ -72,7 +73,7 @@ def convert(
       f"an adapter is merged into a Hugging Face folder, and to one; {source}"
       f" is {kind}, wanted is {form}"
     )
-  _check_target(source, target)
+  _check_target(target, source, *_read_too(source, kind, adapter))
   cast = np.dtype(jnp.dtype(dtype)) if dtype else None
   try:
     if adapter:
@@ -82,6 +83,7 @@ def convert(
       _rewrite(source, target, cast, max_shard_bytes)
     else:
       if kind == "run":
+        _refuse_adapters(source, form)
         step = choose_step(source, step)
         loaded = load_run(source, step)
       else:
@@ -94,9 +96,32 @@ def convert(
   return f"{target} ({form}): {of}, {dtype or 'dtype as it was'}"
 
 
-def _check_target(source: pathlib.Path, target: pathlib.Path) -> None:
-  if target.resolve() in (source.resolve(), *source.resolve().parents):
-    raise ConfigError(f"{target} would be written over what is read, {source}")
+def _refuse_adapters(source: pathlib.Path, form: str) -> None:
+  settings = from_dict(read_object(source / "config.json")["config"]).lora
+  if form == "orbax" and (settings.rank or settings.path):
+    raise ConfigError(
+      "the run trained adapters, which are merged into a Hugging Face folder"
+      " only; convert that one to orbax"
+    )
+
+
+def _read_too(source, kind, adapter) -> list[pathlib.Path]:
+  """Folders beside the source that must not be written over."""
+  found = [adapter]
+  if kind == "run":
+    settings = from_dict(read_object(source / "config.json")["config"])
+    model, lora_ = settings.model, settings.lora
+    found += [model.path, model.tokenizer, lora_.path, settings.reference.path]
+  folders = (pathlib.Path(path).expanduser() for path in found if path)
+  return [folder for folder in folders if folder.exists()]
+
+
+def _check_target(target: pathlib.Path, *sources: pathlib.Path) -> None:
+  for source in map(pathlib.Path.resolve, sources):
+    if target.resolve() in (source, *source.parents):
+      raise ConfigError(
+        f"{target} would be written over what is read, {source}"
+      )
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
   try:
@@ -124,11 +149,6 @@ def _write(loaded: Source, target, form, cast, max_shard_bytes) -> None:
       dtype=cast,
     )
     return
-  if "lora" in variables:
-    raise ConfigError(
-      "the run trained adapters, which are merged into a Hugging Face folder"
-      " only; convert that one to orbax"
-    )
   if cast is not None:
     variables = jax.tree.map(lambda x: x.astype(cast), variables)
   with whole_folder(target) as part:

@@ -101,18 +101,18 @@ def load_run(workdir: pathlib.Path, step: int) -> Source:
   trained, frozen = trainable.split(built.abstract)
   variables = checkpoint.read_trained(place.checkpoints, step, trained)
   if frozen:  # as the run found it
-    _check_base(
-      config.model.path, checkpoint.read_meta(place.checkpoints, step)
-    )
+    meta = checkpoint.read_meta(place.checkpoints, step)
+    _check_same(config.model.path, meta.get("frozen"))
+    _check_same(config.lora.path, meta.get("adapters"))
     _, frozen = trainable.split(load_policy(config, built))
     variables = trainable.join(frozen, variables)
   model, save = built.model, built.tokenizer.save
   return Source(built.family, model.config, variables, save)
 
 
-def _check_base(path: str, meta: dict[str, Any]) -> None:
+def _check_same(path: str, fingerprint: str | None) -> None:
   """Adapters and partly frozen models mean nothing on other weights."""
-  if path and meta.get("frozen") not in (None, hf.fingerprint(path)):
+  if path and fingerprint not in (None, hf.fingerprint(path)):
     raise CheckpointError(
       f"{path}: not the weights that the run started from, which it did not"
       " train and did not save"

@@ -10,7 +10,12 @@ from dpo_jax.build import build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
-from dpo_jax.weights import load_policy, load_variables
+from dpo_jax.weights import (
+  load_policy,
+  load_variables,
+  refuse_new_adapters,
+  same_path,
+)
 
 _LOG = logging.getLogger("dpo_jax")
 
@@ -51,6 +56,7 @@ def judge(config: Config) -> dict[str, Any]:
     )
   limit = config.data.eval_rows
   data = dataclasses.replace(config.data, eval_rows=0, eval_source="")
+  refuse_new_adapters(config)
   built = build(config)
   loaded = load_data(dataclasses.replace(config, data=data), built, loss, limit)
   examples = loaded.train
@@ -65,7 +71,7 @@ def judge(config: Config) -> dict[str, Any]:
   )
   policy = load_policy(config, built)
   reference = None
-  if config.reference.path == config.model.path:
+  if same_path(config.reference.path, config.model.path):
     reference = {"params": policy["params"]}
   elif config.reference.path:
     reference = load_variables(config, built, config.reference.path)

@@ -17,7 +17,7 @@ from dpo_jax.errors import ConfigError
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
-from dpo_jax.weights import load_policy, load_variables
+from dpo_jax.weights import load_policy, load_variables, same_path
 
 _LOG = logging.getLogger("dpo_jax")
 
@@ -112,11 +112,21 @@ class Run:
       return None
     c = self.config
     other = c.reference.path
-    if other and other != c.model.path:
+    if other and not same_path(other, c.model.path):
       return load_variables(c, self.built, other)
     if self.built.lora and (other or not c.lora.path):
       return {"params": frozen["params"]}
     return join(frozen, jax.tree.map(jnp.copy, start))
+
+  def abstract_reference(self) -> Any | None:
+    """What `load_reference` gives, as shapes; None also where the step gets
+    none, for its scores are known or it is part of the state."""
+    c = self.config
+    if not self.loss.needs_reference or c.reference.precompute or self.follows:
+      return None
+    if c.lora.path and not c.reference.path:
+      return self.built.abstract
+    return {"params": self.built.abstract["params"]}
 
   def with_reference(self, state: TrainState, reference: Any) -> TrainState:
     """The state with a reference of its own, if that is to follow the policy;
@@ -142,7 +152,15 @@ class Run:
       "reference": reference,
       "frozen": told_apart(c.model.path) if frozen else None,
       "adapters": hf.fingerprint(c.lora.path) if c.lora.path else None,
+      "dropout": self._dropout_parts(),
     }
+
+  def _dropout_parts(self) -> list[int] | None:
+    """What decides, with the seed, which inputs adapters do not see."""
+    if not (self.built.lora and self.built.lora.dropout):
+      return None
+    shards = sharding.batch_shards(self.built.mesh)
+    return [self.config.train.microbatches, shards]
 
   def precompute(self, reference: Any) -> None:
     """Scores training pairs under the reference once, for all steps."""

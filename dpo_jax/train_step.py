@@ -65,7 +65,7 @@ def train_step(
     dropout_seed: of adapters with dropout; None drops nothing.
     router_balance: weight of `models.moe.balance`, for a model with experts.
     microbatches: parts of the batch that are run one after another; changes
-      memory and no number.
+      memory and, without dropout, no number.
     sync_every: steps after which the state's reference is mixed with the
       policy, see `losses.mix_reference`.
     sync_mixup: the policy's share in that.

@@ -60,7 +60,7 @@ class Trainable:
       for path in self._trained
       if np.any(frozen.get(path, False))
     }
-    self._rates = _read_rates(rates, names)
+    self._rates = _read_rates(rates, {p: names[p] for p in self._trained})
 
   def split(self, variables: Tree) -> tuple[Tree, Tree]:
     """(trained, frozen), both nested as they were; `join` is the inverse."""

@@ -8,7 +8,7 @@ import jax
 from dpo_jax import sharding
 from dpo_jax.build import Built
 from dpo_jax.config import Config
-from dpo_jax.errors import CheckpointError
+from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import hf, lora, peft, quantize
 
 
@@ -61,3 +61,21 @@ def _whole_variables(config, built, path) -> Any:
     return hf.load_variables(path, built.family.HF_NAMES, abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def same_path(one: str, other: str) -> bool:
+  """Whether two names are of one folder; "" is of none."""
+  if not one or not other:
+    return False
+  return (
+    len({os.path.realpath(os.path.expanduser(x)) for x in (one, other)}) == 1
+  )
+
+
+def refuse_new_adapters(config: Config) -> None:
+  """Raises ConfigError where adapters would be drawn and not read."""
+  if config.lora.rank and not config.lora.path:
+    raise ConfigError(
+      f"config.lora.rank={config.lora.rank} without config.lora.path: adapters"
+      " that were never trained add nothing; name the folder of those to use"
+    )

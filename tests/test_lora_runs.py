@@ -1,10 +1,13 @@
 """Whole runs that train adapters, or a part of the weights."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from runs import (  # noqa: F401
   STEPS,
   compile_once,
@@ -130,15 +133,79 @@ def test_a_stopped_run_with_dropout_continues_to_the_same_bits(
     assert there == (straight / file).read_bytes()
 
 
-def test_another_base_is_not_continued(corpus, base, finished, tmp_path):
+def change_one_number(folder, name):
+  file = folder / name
+  tensors = safetensors.numpy.load_file(file)
+  key = sorted(tensors)[-1]
+  tensors[key] = tensors[key].copy()
+  tensors[key].flat[-1] += 1
+  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_neither_another_base_nor_other_adapters_are_continued(
+  corpus, base, finished, tmp_path
+):
   _, workdir = finished
-  config = on_base(corpus, base, **LORA)
-  run = Run(config)
-  assert run.identity()["frozen"] == run.identity()["reference"]
-  other = on_base(corpus, base, **LORA | {"loss.name": "orpo"})
-  assert Run(other).identity()["frozen"] == run.identity()["frozen"]
-  with pytest.raises(ConfigError, match=r"lora\.rank"):
-    train(on_base(corpus, base, **LORA | {"lora.rank": 2}), workdir)
+  shutil.copytree(base, tmp_path / "base")
+  shutil.copytree(workdir / "adapter", tmp_path / "adapter")
+  # Without a reference, only the weights below the adapters tell.
+  changes = {"loss.name": "orpo", "lora.path": str(tmp_path / "adapter")}
+  config = on_base(corpus, str(tmp_path / "base"), **changes)
+  train(config, tmp_path / "run")
+  (tmp_path / "run" / "summary.json").unlink()
+  train(config, tmp_path / "run")  # nothing has changed yet
+  (tmp_path / "run" / "summary.json").unlink()
+
+  about = tmp_path / "adapter" / "adapter_config.json"
+  before = about.read_text()
+  about.write_text(before.replace('"lora_alpha": 16.0', '"lora_alpha": 160.0'))
+  assert about.read_text() != before
+  with pytest.raises(CheckpointError, match="another adapters"):
+    train(config, tmp_path / "run")
+  with pytest.raises(CheckpointError, match="not the weights"):
+    convert(tmp_path / "run", tmp_path / "out")
+  about.write_text(before)
+
+  change_one_number(tmp_path / "base", "model.safetensors")
+  with pytest.raises(CheckpointError, match="another frozen"):
+    train(config, tmp_path / "run")
+  with pytest.raises(CheckpointError, match="not the weights"):
+    convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_with_dropout_the_parts_of_a_batch_belong_to_the_run(
+  corpus, base, finished, tmp_path
+):
+  shutil.copytree(finished[1], tmp_path / "run")
+  changes = LORA | {"train.microbatches": 2, "data.row_length": 0}
+  with pytest.raises(CheckpointError, match="another dropout"):
+    train(on_base(corpus, base, **LORA, **{"train.microbatches": 2}),
+          tmp_path / "run")  # fmt: skip
+  assert Run(on_base(corpus, base, **changes)).identity()["dropout"] == [2, 1]
+
+
+def test_nothing_that_is_read_is_written_over(base, finished, tmp_path):
+  _, workdir = finished
+  with pytest.raises(ConfigError, match="written over"):
+    convert(workdir, base)
+  folder = tmp_path / "base"
+  shutil.copytree(base, folder)
+  shutil.copytree(workdir / "adapter", folder / "adapter")
+  with pytest.raises(ConfigError, match="written over"):
+    convert(base, folder, adapter=folder / "adapter")
+  assert (folder / "adapter" / "adapter_config.json").exists()
+
+
+def test_settings_that_would_be_ignored_are_refused(corpus, base):
+  for changes, words in (
+    ({"lora.alpha": 64.0}, "lora.alpha=64.0"),
+    ({"lora.targets": "q"}, "lora.targets='q'"),
+    ({"lora.dropout": 0.1}, "lora.dropout=0.1"),
+    ({"lora.rank": 2, "lora.alpha": 0.0}, "lora.alpha=0.0"),
+  ):
+    with pytest.raises(ConfigError) as error:
+      build(on_base(corpus, base, **changes))
+    assert words in str(error.value)
 
 
 def test_training_goes_on_from_adapters_and_they_are_the_reference(
@@ -150,8 +217,10 @@ def test_training_goes_on_from_adapters_and_they_are_the_reference(
   state, frozen = run.start()
   reference = run.load_reference(state.params, frozen)
   assert "a" in reference["lora"]["layers"]["mlp"]["up"]
-  assert run.built.lora.rank == 4 and run.built.lora.dropout == 0.1
-  off = Run(on_base(corpus, base, **path | {"reference.path": base}))
+  # Dropout is of a training, not of the adapters: the margins start at 0.
+  assert run.built.lora.rank == 4 and run.built.lora.dropout == 0
+  also = {"reference.path": base + "/"}
+  off = Run(on_base(corpus, base, **path | also))
   assert set(off.load_reference(state.params, frozen)) == {"params"}
 
 
@@ -205,6 +274,10 @@ def test_the_dry_run_counts_what_is_trained(corpus, base):
   trained, _ = run.trainable.split(run.built.abstract)
   count = sum(x.size for x in jax.tree.leaves(trained))
   assert f"{count:,} of them trained" in text
+  # The base is there once, though policy and reference both have it.
+  size = sum(x.size for x in jax.tree.leaves(run.built.abstract["params"])) * 4
+  held = re.search(r"state and batch ([\d.]+) MiB", text)[1]
+  assert abs(float(held) * 2**20 - size - 12 * count) < 2**17
 
 
 @pytest.mark.parametrize(
@@ -232,5 +305,11 @@ def test_a_rank_that_is_not_that_of_the_folder_is_refused(
   changes = {"lora.path": str(workdir / "adapter"), "lora.rank": 8}
   with pytest.raises(ConfigError, match="have rank 4"):
     build(on_base(corpus, base, **changes))
-  with pytest.raises(CheckpointError, match="No such file"):
-    build(on_base(corpus, base, **{"lora.path": "/nowhere"}))
+  changes = {"lora.path": str(workdir)}
+  with pytest.raises(CheckpointError, match=r"there is one in .*/adapter"):
+    build(on_base(corpus, base, **changes))
+  with pytest.raises(ConfigError, match="never trained"):
+    answer_texts(on_base(corpus, base, **LORA), ["Q: hello"])
+  changes = {"lora.path": str(workdir / "adapter"), "lora.alpha": 64.0}
+  with pytest.raises(ConfigError, match="say that themselves"):
+    build(on_base(corpus, base, **changes))

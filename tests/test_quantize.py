@@ -89,7 +89,6 @@ def test_a_value_takes_its_bits_and_a_share_of_a_scale(kind, bits):
   _, variables = drawn()
   kernel = quantize.pack(variables["params"], kind)["layers"]["mlp"]["gate"]
   packed = kernel["kernel"]
-  assert packed.qvalue.dtype.itemsize * 8 in (bits, 8)
   assert jnp.iinfo(packed.qvalue.dtype).bits == bits
   assert packed.scale.shape == (2, 96 // 32, 40)  # 32 is what 64 shares with it
 

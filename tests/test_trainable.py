@@ -163,6 +163,7 @@ def test_with_adapters_patterns_are_about_these():
     ({"rates": "mlp=inf"}, "'mlp=inf'"),
     ({"rates": "=0.5"}, "'=0.5'"),
     ({"rates": "embed=0.5 head=0.1"}, "'head' matches none"),
+    ({"freeze": "embed", "rates": "embed=0.5"}, "'embed' matches none"),
   ],
 )
 def test_patterns_that_say_nothing_are_refused(options, words):

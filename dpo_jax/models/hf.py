@@ -13,7 +13,7 @@ import types
 from typing import Any
 
 from dpo_jax.errors import CheckpointError
-from dpo_jax.models.hf_files import read_object
+from dpo_jax.models.hf_files import open_file, read_object
 from dpo_jax.models.hf_fit import as_stored
 from dpo_jax.models.hf_read import load_variables
 from dpo_jax.models.hf_write import save_checkpoint
@@ -81,14 +81,30 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     raise CheckpointError(f"{file}: {e}") from e
 
 
+_SEEN = 4096  # bytes at each end of a tensor that tell it from another
+
+
 def fingerprint(path: str | os.PathLike) -> str:
-  """Tells weights apart without reading all of them: names and sizes of the
-  safetensors files, with the beginning of each."""
+  """Tells weights apart without reading all of them: names, shapes, and the
+  first and the last kilobytes of every tensor; of adapters their config too.
+
+  Raises:
+    CheckpointError: a file is damaged.
+  """
+  folder = pathlib.Path(path).expanduser()
   digest = hashlib.sha256()
-  for file in sorted(pathlib.Path(path).expanduser().glob("*.safetensors")):
-    with file.open("rb") as opened:
-      digest.update(f"{file.name} {file.stat().st_size} ".encode())
-      digest.update(opened.read(2**24))
+  for file in sorted(folder.glob("*.safetensors")):
+    for name, stored in sorted(open_file(file).items()):
+      digest.update(f"{name} {stored.dtype} {stored.shape} ".encode())
+      digest.update(
+        stored.data[stored.begin : min(stored.end, stored.begin + _SEEN)]
+      )
+      digest.update(
+        stored.data[max(stored.begin, stored.end - _SEEN) : stored.end]
+      )
+  adapter = folder / "adapter_config.json"
+  if adapter.exists():
+    digest.update(adapter.read_bytes())
   return f"{path} {digest.hexdigest()[:16]}"
 
 

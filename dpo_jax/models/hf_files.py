@@ -51,7 +51,7 @@ class Folder:
     index = self.path / INDEX
     placed = _read_index(index) if index.exists() else None
     shards = [SINGLE] if placed is None else sorted({*placed.values()})
-    opened = {shard: _open(self.path / shard) for shard in shards}
+    opened = {shard: open_file(self.path / shard) for shard in shards}
     self.tensors: dict[str, Stored] = {}
     for stored in opened.values():
       self.tensors |= stored
@@ -128,7 +128,12 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   return placed
 
 
-def _open(file: pathlib.Path) -> dict[str, Stored]:
+def open_file(file: pathlib.Path) -> dict[str, Stored]:
+  """Tensors of one file by name.
+
+  Raises:
+    CheckpointError: damaged.
+  """
   try:
     # Of the library's views only whole copies come out; it is here to refuse
     # headers that lie about what follows them.

@@ -157,6 +157,7 @@ def _tensors(module, variables, transform, dtype) -> Iterator[Tensor]:
       def make(ours=ours, leaf=leaf, index=index, kept=kept):
         part = _to_host(leaf[index] if index else leaf)
         if transform:
+          part = part.astype(np.float32)  # to be rounded once, at the end
           part = _same(part, transform(ours, index, part), ours, index)
         return layout.to_hf(ours, part.astype(kept, copy=False))
 

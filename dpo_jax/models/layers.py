@@ -84,7 +84,7 @@ class Projection(nn.Module):
     low = x.reshape(-1, math.prod(self.inputs)) @ (
       a.reshape(-1, a.shape[-1]).astype(x.dtype)
     )
-    y = low @ b.reshape(b.shape[0], -1).astype(x.dtype) * scale.astype(x.dtype)
+    y = low @ (b * scale).reshape(b.shape[0], -1).astype(x.dtype)
     return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 

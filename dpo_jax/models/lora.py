@@ -54,6 +54,8 @@ class Lora:
   def __post_init__(self):
     if self.rank < 1:
       raise ConfigError(f"lora.rank={self.rank} should be at least 1")
+    if not 0 < self.alpha < math.inf:
+      raise ConfigError(f"lora.alpha={self.alpha} should be above 0")
     if not 0 <= self.dropout < 1:
       raise ConfigError(f"lora.dropout={self.dropout} should be in [0, 1)")
 

@@ -22,22 +22,20 @@ from dpo_jax.models.lora import Lora, Tree
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SIDES = {"a": "lora_A", "b": "lora_B"}
-# Set to anything else, these change what the tensors mean.
-_PLAIN = {
-  "use_dora": (False, None),
-  "fan_in_fan_out": (False, None),
-  "bias": ("none", None),
-  "lora_bias": (False, None),
-  "rank_pattern": ({}, None),
-  "alpha_pattern": ({}, None),
-  "layers_to_transform": (None, []),
-  "modules_to_save": (None, []),
-  "target_parameters": (None, []),
-  "trainable_token_indices": (None, []),
-  "megatron_config": (None,),
-}
-# These initialisations change the base as well, and the tensors go with that.
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq")
+# Read, or of no consequence for what the tensors mean. Every other entry says
+# something only where it is set.
+_KNOWN = (
+  "peft_type", "task_type", "auto_mapping", "base_model_name_or_path",
+  "revision", "inference_mode", "peft_version", "r", "lora_alpha",
+  "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+  "layers_pattern", "init_lora_weights", "megatron_core", "runtime_config",
+  "loftq_config", "eva_config", "corda_config", "qalora_group_size",
+  "ensure_weight_tying",
+)  # fmt: skip
+_NOTHING = (None, False, "", "none", [], {})
+# Beginnings that leave the base as it is; others change it as well, and the
+# tensors go with the changed one.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_config(path: str | os.PathLike) -> Lora:
@@ -47,29 +45,40 @@ def read_config(path: str | os.PathLike) -> Lora:
     CheckpointError: no such file, or a kind of adapter that is not known here.
   """
   file = pathlib.Path(path).expanduser() / CONFIG
+  if not file.is_file():
+    nested = (file.parent / "adapter" / CONFIG).is_file()
+    hint = f"; there is one in {file.parent / 'adapter'}" if nested else ""
+    raise CheckpointError(
+      f"{file}: no such file; expected an adapter's folder, of PEFT{hint}"
+    )
   config = hf.read_object(file)
   kind = config.get("peft_type")
   if kind != "LORA":
     raise CheckpointError(f"{file}: peft_type {kind!r}; known: 'LORA'")
-  for key, plain in _PLAIN.items():
-    if config.get(key) not in plain:
-      raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported")
+  for key, value in config.items():
+    if key not in _KNOWN and value not in _NOTHING:
+      raise CheckpointError(f"{file}: {key}={value!r} is not supported")
   start = config.get("init_lora_weights")
-  if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+  if start not in _STARTS:
     raise CheckpointError(
       f"{file}: init_lora_weights={start!r} changes the weights below the"
       " adapter as well, which is not supported"
     )
   rank, alpha = config.get("r"), config.get("lora_alpha")
-  dropout, rslora = config.get("lora_dropout", 0.0), config.get("use_rslora")
+  dropout = config.get("lora_dropout", 0.0)
+  rslora = config.get("use_rslora", False)
   if type(rank) is not int or rank < 1:
     raise CheckpointError(f"{file}: r={rank!r} should be a number from 1 on")
   for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
       raise CheckpointError(f"{file}: {key}={value!r} should be a number")
+  if type(rslora) is not bool:
+    raise CheckpointError(
+      f"{file}: use_rslora={rslora!r} should be true or false"
+    )
   if dropout >= 1:
     raise CheckpointError(f"{file}: lora_dropout={dropout} should be below 1")
-  return Lora(rank, float(alpha), (), float(dropout), bool(rslora))
+  return Lora(rank, float(alpha), (), float(dropout), rslora)
 
 
 def read(
