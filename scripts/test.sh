@@ -9,6 +9,7 @@ if [ "${1:-}" = "--parity" ]; then
   shift
   install requirements-parity.txt
   group="parity"
+  export OMP_NUM_THREADS=1  # torch's threads would wait for one another
 fi
 # Two processes: compiling, most of the time, takes one core. Each file stays
 # with one of them; -n0 turns it off.

@@ -175,8 +175,9 @@ def trl_trainer(cls, **fields):
   trainer.accelerator = types.SimpleNamespace(
     device=torch.device("cpu"), gather=same, gather_for_metrics=same
   )
+  # accelerate looks into it for an adapter, where peft is installed.
   trainer.model = types.SimpleNamespace(
-    training=True, is_gradient_checkpointing=False
+    training=True, is_gradient_checkpointing=False, _modules={}
   )
   trainer.aux_loss_enabled = False
   trainer._metrics = {"train": collections.defaultdict(list)}
