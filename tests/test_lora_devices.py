@@ -2,20 +2,18 @@
 of one."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from devices import run_on_eight
 from runs import small_config
 
 from dpo_jax import sharding
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.run import Run
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LORA = {"lora.rank": 4, "lora.dropout": 0.0}
 KINDS = {
   "lora": LORA,
@@ -54,16 +52,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_eight(corpus):
   paths = {name: str(path) for name, path in corpus.items()}
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, __file__, json.dumps(paths)],
-    env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  printed = run_on_eight(__file__, json.dumps(paths))
+  return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

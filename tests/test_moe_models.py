@@ -4,10 +4,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_mirrored_rows as rows
+from devices import run_on_eight
 
 from dpo_jax import score, sharding
 from dpo_jax.accumulate import accumulate
@@ -245,19 +244,7 @@ def on_eight_devices(out):
 def eight_devices(tmp_path_factory):
   """What the meshes gave, computed by one process that has eight devices."""
   out = tmp_path_factory.mktemp("eight")
-  here = pathlib.Path(__file__).resolve()
-  done = subprocess.run(
-    [sys.executable, str(here), str(out)],
-    env=os.environ
-    | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(here.parents[1]),
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  run_on_eight(__file__, str(out))
   return out
 
 

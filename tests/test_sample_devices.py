@@ -1,14 +1,11 @@
 """Answers do not depend on company: other prompts, batches, or devices."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from devices import run_on_eight
 
 from dpo_jax import sharding
 from dpo_jax.models import llama
@@ -131,20 +128,8 @@ def on_eight_devices():
 
 @pytest.fixture(scope="module")
 def eight_devices():
-  here = pathlib.Path(__file__).resolve()
-  done = subprocess.run(
-    [sys.executable, str(here)],
-    env=os.environ
-    | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(here.parents[1]),
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  printed = run_on_eight(__file__)
+  return json.loads(printed)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -5,10 +5,8 @@
 
 import functools
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices import run_on_eight
 
 from dpo_jax import losses, score, sharding
 from dpo_jax.batch import Scores
@@ -564,20 +563,7 @@ def on_eight_devices(out):
 def eight_devices(tmp_path_factory):
   """What the meshes gave, computed by one process that has eight devices."""
   out = tmp_path_factory.mktemp("eight")
-  here = pathlib.Path(__file__).resolve()
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, str(here), str(out)],
-    env=os.environ
-    | {
-      "XLA_FLAGS": flags,
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(here.parents[1]),
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  run_on_eight(__file__, str(out))
   means = json.loads((out / "means.json").read_text())
   return means, dict(np.load(out / "weights.npz"))
 

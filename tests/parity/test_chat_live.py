@@ -11,7 +11,9 @@ from dpo_jax.data.encode import EncodeSettings, encode_rows
 from dpo_jax.data.sources import read_rows
 from dpo_jax.data.tokenizer import ByteTokenizer, HFTokenizer
 
-transformers = pytest.importorskip("transformers")
+from .live import WHY
+
+transformers = pytest.importorskip("transformers", reason=WHY)
 
 from chat_templates import (  # noqa: E402
   CHAT_TOKENS,

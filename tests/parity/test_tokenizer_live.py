@@ -6,7 +6,9 @@ import pytest
 
 from dpo_jax.data.tokenizer import ByteTokenizer, HFTokenizer
 
-transformers = pytest.importorskip("transformers")
+from .live import WHY
+
+transformers = pytest.importorskip("transformers", reason=WHY)
 pytest.importorskip("sentencepiece")
 
 from spm_models import folder, texts  # noqa: E402
