@@ -9,7 +9,7 @@ from dpo_jax.data.tokenizer import ByteTokenizer, HFTokenizer
 from .live import WHY
 
 transformers = pytest.importorskip("transformers", reason=WHY)
-pytest.importorskip("sentencepiece")
+pytest.importorskip("sentencepiece", reason=WHY)
 
 from spm_models import folder, texts  # noqa: E402
 
