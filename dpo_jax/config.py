@@ -46,7 +46,7 @@ class Lora:
 @dataclasses.dataclass(frozen=True)
 class Reference:
   path: str = ""  # folder; "" is the policy's own starting point
-  precompute: bool = False  # score all pairs once instead of every step
+  precompute: bool = False  # score pairs once, kept in data.cache_dir
   sync_every: int = 0  # steps between updates from the policy (TR-DPO); 0: none
   sync_mixup: float = 0.6  # the policy's share in those; 1 is a copy
 
@@ -63,7 +63,7 @@ class Data:
   row_length: int = 0  # tokens of a packed row; 0 chooses from the data
   row_counts: int = 4  # most numbers of rows a batch may have; each compiles
   on_bad_row: str = "drop"  # or "error"
-  cache_dir: str = "~/.cache/dpo_jax"  # of encoded data; "" does not keep it
+  cache_dir: str = "~/.cache/dpo_jax"  # of encoded data, scores; "": none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,15 @@
 import functools
 import logging
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import evaluate, losses, optim, sharding
+from dpo_jax import evaluate, losses, optim, reference_cache, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
+from dpo_jax.batch import Scores
 from dpo_jax.build import Built, build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
@@ -163,15 +165,26 @@ class Run:
     return [self.config.train.microbatches, shards]
 
   def precompute(self, reference: Any) -> None:
-    """Scores training pairs under the reference once, for all steps."""
-    plan = self._plan(self.data.train, self.config.train.batch_size)
-    self.train_plan.reference = evaluate.score_examples(
-      self.built.score,
-      reference,
-      plan,
-      self.built.mesh,
-      tails=self.loss.reads_tails,
+    """Scores training pairs under the reference once, for all steps; or finds
+    them in the cache, where an earlier run left them."""
+    c, examples = self.config, self.data.train
+    plan = self._plan(examples, c.train.batch_size)
+
+    def score() -> Scores:
+      return evaluate.score_examples(
+        self.built.score, reference, plan, self.built.mesh, tails=True
+      )
+
+    folder = os.path.expanduser(c.data.cache_dir)
+    key = reference_cache.make_key(
+      self.built, reference, examples, plan, c.model
     )
+    scores = reference_cache.find_or_score(
+      folder, key, examples.lengths.shape, score
+    )
+    if not self.loss.reads_tails:
+      scores = scores._replace(tails=None)
+    self.train_plan.reference = scores
 
   def answerer(self) -> Answerer | None:
     """Answers held-out prompts (or training ones, if none are held out)."""

@@ -29,7 +29,7 @@ FLOORS = (
   ("train_step",),
   ("evaluate", "build"),
   ("weights",),
-  ("answers", "convert_sources"),
+  ("answers", "convert_sources", "reference_cache"),
   ("run", "judge", "convert", "asking"),
   ("finish", "dry_run", "talking"),
   ("train", "check_data"),

@@ -145,16 +145,17 @@ def load_examples(
     DataError: the source cannot be read, its shape does not suit, or no
       example is left.
   """
-  key = ""
-  if cache_dir:
-    key = _digest(
-      VERSION,
-      sources.source_digest(source),
-      source,
-      split,
-      tokenizer.fingerprint,
-      asdict(settings),
-    )
+  if not cache_dir:
+    return _encode(source, split, tokenizer, settings, progress)
+  key = _digest(
+    VERSION,
+    sources.source_digest(source),
+    source,
+    split,
+    tokenizer.fingerprint,
+    asdict(settings),
+  )
+  with cache.locked(cache_dir, key):
     found = cache.read(cache_dir, key, _ARRAYS)
     if found:
       arrays, meta = found
@@ -162,13 +163,7 @@ def load_examples(
       examples = Examples(**arrays, **meta)
       _log.info("%s, from cache %s", _summary(examples.report), key[:12])
       return examples
-  begun = time.monotonic()
-  items = sources.scan_rows(source, split)
-  encoded = encode_rows(items, tokenizer, settings, progress)
-  examples = _assemble(encoded, source, tokenizer, settings)
-  seconds = time.monotonic() - begun
-  _log.info("%s, in %.1f s", _summary(examples.report), seconds)
-  if cache_dir:
+    examples = _encode(source, split, tokenizer, settings, progress)
     arrays = {name: getattr(examples, name) for name in _ARRAYS}
     meta = {
       f.name: getattr(examples, f.name)
@@ -176,6 +171,16 @@ def load_examples(
       if f.name not in _ARRAYS
     }
     cache.write(cache_dir, key, arrays, meta)
+  return examples
+
+
+def _encode(source, split, tokenizer, settings, progress) -> Examples:
+  begun = time.monotonic()
+  items = sources.scan_rows(source, split)
+  encoded = encode_rows(items, tokenizer, settings, progress)
+  examples = _assemble(encoded, source, tokenizer, settings)
+  seconds = time.monotonic() - begun
+  _log.info("%s, in %.1f s", _summary(examples.report), seconds)
   return examples
 
 
