@@ -7,7 +7,7 @@ import flax.traverse_util as traverse
 import jax
 import numpy as np
 
-from dpo_jax import trainable
+from dpo_jax import memory, trainable
 from dpo_jax.config import Config, flatten
 from dpo_jax.run import Run
 from dpo_jax.weights import same_path
@@ -27,7 +27,6 @@ def describe(config: Config) -> str:
   """Builds everything but the weights, compiles the step, runs none of it."""
   run = Run(config)
   built, plan = run.built, run.train_plan
-  state = run.abstract_state
   batch, _ = plan[0]
   n_params = trainable.count(built.abstract["params"])
   trained, frozen = run.trainable.split(built.abstract)
@@ -49,7 +48,7 @@ def describe(config: Config) -> str:
     f" scored, up to {plan.shape.examples} examples;"
     f" {'/'.join(map(str, plan.row_counts))} rows a step,"
     f" {plan.fill():.0%} filled",
-    *_memory(run, state, batch, frozen),
+    *_memory(run, frozen),
     "row 0",
     render_row(batch, 0, built.tokenizer),
   ]
@@ -116,13 +115,11 @@ def render_summary(summary: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _memory(run, state, batch, frozen) -> list[str]:
+def _memory(run, frozen) -> list[str]:
   """Per-device bytes, by the compiler's account of the step; what is frozen and
   the reference's as well is there once."""
   reference = run.abstract_reference()
-  given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-  compiled = run.step.lower(state, reference, given, frozen).compile()
-  stats = compiled.memory_analysis()
+  stats = memory.compile_step(run).memory_analysis()
   if stats is None:
     return ["memory      this backend does not tell"]
   parts = {

@@ -112,12 +112,24 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Numpy batch, the same on every host, to arrays split over its rows; each
   host hands its devices only their rows."""
-  sharding = NamedSharding(mesh, P(BATCH))
+  sharding = _by_rows(mesh)
 
   def put(x):
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   return jax.tree.map(put, batch)
+
+
+def batch_shapes(batch: Any, mesh: Mesh) -> Any:
+  """What `put_batch` gives, as shapes."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_by_rows(mesh)),
+    batch,
+  )
+
+
+def _by_rows(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P(BATCH))
 
 
 @dataclasses.dataclass(frozen=True)

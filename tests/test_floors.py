@@ -23,6 +23,7 @@ FLOORS = (
     "signals",
     "config",
     "tabular",
+    "collectives",
   ),
   ("score", "accumulate", "decode", "config_file", "workdir"),
   ("sample",),
@@ -31,7 +32,8 @@ FLOORS = (
   ("weights",),
   ("answers", "convert_sources", "reference_cache"),
   ("run", "judge", "convert", "asking"),
-  ("finish", "dry_run", "talking"),
+  ("finish", "memory", "talking"),
+  ("dry_run",),
   ("train", "check_data"),
   ("main", "compare"),
 )

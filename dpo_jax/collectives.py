@@ -1,0 +1,215 @@
+"""What a compiled program moves between devices, and the least it could.
+
+Read off the text of the optimised HLO, loops times their trip count, so it
+holds for what runs and not for what was meant. Bytes are of one device and one
+step.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "collective-permute",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-broadcast",
+)
+SUMS = ("reduce-scatter", "all-reduce")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_OPERATION = re.compile(
+  r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\("
+)
+_CALLED = re.compile(
+  r"\b(body|condition|to_apply|calls|branch_computations|true_computation"
+  r"|false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_NAME = re.compile(r'op_name="([^"]*)"')
+# The three ways that groups of devices are written.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+  """One operation of the program, on one device."""
+
+  kind: str  # one of KINDS
+  arrays: tuple[str, ...]  # as "f32[4,8]": what is gathered, or added up
+  bytes: int  # of these, whole
+  devices: int  # that take part together
+  times: int  # that it runs in a step
+  known: bool  # False inside a loop of unknown length, counted once
+  name: str  # what it was in the source
+
+  @property
+  def received(self) -> float:
+    """Bytes a device takes in, in a step, by the best known algorithm: a sum
+    that every device gets is a reduce-scatter and an all-gather."""
+    n = max(self.devices, 1)
+    if self.kind == "collective-permute":
+      return self.bytes * self.times
+    both = 2 if self.kind == "all-reduce" else 1
+    return both * self.bytes * self.times * (n - 1) / n
+
+
+def read(hlo: str) -> list[Collective]:
+  """The collectives of a program.
+
+  Args:
+    hlo: `compiled.as_text()`.
+
+  Raises:
+    ValueError: no program, or groups of devices in a notation not known here.
+  """
+  entry, parts = _computations(hlo)
+  found: list[Collective] = []
+
+  def walk(name, times, known):
+    for line in parts.get(name, ()):
+      operation = _OPERATION.match(line)
+      if operation is None:
+        continue
+      shape, op = operation.groups()
+      kind = op.removesuffix("-start")
+      if kind in KINDS:
+        found.append(_collective(line, shape, op, times, known))
+      loops, certain = times, known
+      if op == "while":
+        trips = _TRIPS.search(line)
+        loops = times * int(trips[1]) if trips else times
+        certain = known and trips is not None
+      for role, called in _CALLED.findall(line):
+        if role == "to_apply" and op != "call":
+          continue  # the sum of a reduction
+        for inner in called.strip("{}").split(","):
+          walk(inner.strip().lstrip("%"), loops, certain)
+
+  walk(entry, 1, True)
+  return found
+
+
+def _computations(hlo):
+  entry, parts, name = None, {}, None
+  for line in hlo.splitlines():
+    start = _COMPUTATION.match(line)
+    if start and not line.startswith("HloModule"):
+      name = start[2]
+      parts[name] = []
+      entry = name if start[1] else entry
+    elif name is not None:
+      parts[name].append(line)
+  if entry is None:
+    raise ValueError("no entry computation; expected the text of a program")
+  return entry, parts
+
+
+def _collective(line, shape, op, times, known):
+  kind = op.removesuffix("-start")
+  arrays = _ARRAY.findall(shape)
+  if op.endswith("-start") and kind != "all-reduce":
+    # (operands, results, ...): what it works on and what comes out.
+    arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+  devices = _group_size(line) if kind != "collective-permute" else 2
+  size = sum(map(_bytes, arrays))
+  if kind == "reduce-scatter":  # what comes out is a share
+    size *= devices
+  name = _NAME.search(line)
+  return Collective(
+    kind, tuple(f"{d}[{s}]" for d, s in arrays), size, devices, times, known,
+    name[1] if name else "",
+  )  # fmt: skip
+
+
+def _bytes(array):
+  dtype, dims = array
+  bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
+  return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
+
+
+def _group_size(line):
+  if match := _LISTED.search(line):
+    return len(match[1].split(","))
+  if match := _IOTA.search(line):
+    return int(match[2])
+  if match := _MESH.search(line):
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
+    return math.prod(int(sizes[a]) for a in re.findall(r"'([^']*)'", match[2]))
+  raise ValueError(f"replica groups in an unknown notation: {line.strip()}")
+
+
+class Moved(NamedTuple):
+  """Totals of some collectives."""
+
+  count: int  # times that one runs
+  bytes: int  # whole arrays
+  received: float  # see `Collective.received`
+
+
+def total(collectives: Iterable[Collective], *kinds: str) -> Moved:
+  """Of the kinds named, or of all."""
+  some = [c for c in collectives if not kinds or c.kind in kinds]
+  return Moved(
+    sum(c.times for c in some),
+    sum(c.bytes * c.times for c in some),
+    sum(c.received for c in some),
+  )
+
+
+class Least(NamedTuple):
+  """What a step must move, by where the weights lie."""
+
+  gathered: float  # bytes a device takes in to have the weights whole
+  summed: int  # bytes of gradients that are added up over devices
+
+
+def least(
+  policy: Any, trained: Any, *, reference: bool, itemsize: int
+) -> Least:
+  """The least for one step without microbatches on a mesh (data, fsdp, 1).
+
+  A layer's weights are gathered for the policy's forward, for its backward and
+  for the reference; what lies at the two ends of the model, embedding and head,
+  once for policy and once for reference. Each gradient is added up once.
+
+  Args:
+    policy: `params` of the model, shapes with shardings.
+    trained: variables that have gradients, shapes with shardings.
+    reference: whether a reference is scored in the step.
+    itemsize: bytes of a number that is gathered or of a gradient of such;
+      others are added up as they are.
+  """
+  gathered = 0.0
+  for path, leaf in _leaves(policy):
+    passes = (2 if "layers" in path else 1) + reference
+    n = _shards(leaf)
+    gathered += passes * math.prod(leaf.shape) * itemsize * (n - 1) / n
+  summed = sum(
+    math.prod(leaf.shape)
+    * (itemsize if _shards(leaf) > 1 else leaf.dtype.itemsize)
+    for _, leaf in _leaves(trained)
+  )
+  return Least(gathered, summed)
+
+
+def _leaves(tree):
+  if isinstance(tree, dict):
+    return [
+      ((key, *path), leaf)
+      for key, value in tree.items()
+      for path, leaf in _leaves(value)
+    ]
+  return [((), tree)]
+
+
+def _shards(leaf):
+  """Over how many devices of fsdp an array is split."""
+  axes = [a for a in leaf.sharding.spec if a == "fsdp"]
+  return math.prod(leaf.sharding.mesh.shape[a] for a in axes)

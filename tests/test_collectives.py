@@ -1,0 +1,134 @@
+"""What the compiled step moves between eight devices, against the least."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+from devices import run_on_eight
+from meshes import make_run
+
+from dpo_jax import collectives, memory
+
+TIED, UNTIED = ({"tie_word_embeddings": tied} for tied in (True, False))
+CASES = {
+  "fsdp": ((1, 8, 1), TIED, {"model.remat": "block"}),
+  "data and fsdp": ((2, 4, 1), UNTIED, {"model.remat": "block"}),
+  "tensor": ((2, 2, 2), UNTIED, {}),
+}
+
+
+def measured(folder, mesh, model, changes):
+  """Totals by kind, and the least, of a run's step."""
+  run = make_run(folder, mesh, model, **changes)
+  found = collectives.read(memory.compile_step(run).as_text())
+  trained, _ = run.trainable.split(run.built.abstract)
+  least = collectives.least(
+    run.built.abstract["params"], trained, itemsize=4,
+    reference=run.abstract_reference() is not None,
+  )  # fmt: skip
+  return {
+    "least": least,
+    "known": all(c.known for c in found),
+    **{kind: collectives.total(found, kind) for kind in collectives.KINDS},
+  }
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory):
+  printed = run_on_eight(__file__, str(tmp_path_factory.mktemp("meshes")))
+  read = json.loads(printed.splitlines()[-1])
+  for of_case in read.values():
+    of_case["least"] = collectives.Least(*of_case["least"])
+    for kind in collectives.KINDS:
+      of_case[kind] = collectives.Moved(*of_case[kind])
+  return read
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_token_moves_between_devices(on_eight, case):
+  for kind in ("collective-permute", "all-to-all", "ragged-all-to-all"):
+    assert on_eight[case][kind].count == 0
+  assert on_eight[case]["known"]
+
+
+@pytest.mark.parametrize("case", ["fsdp", "data and fsdp"])
+def test_weights_are_gathered_as_often_as_needed(on_eight, case):
+  gathered = on_eight[case]["all-gather"].received
+  least = on_eight[case]["least"].gathered
+  assert least * 0.99 < gathered < least * 1.1
+
+
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (x: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %x = (s32[], bf16[4,8]) parameter(0)
+  %g = bf16[4,8]{1,0} all-gather(%y), channel_id=1, GROUPS, dimensions={1}
+  %r = (f32[8]{0}, /*index=1*/f32[]) all-reduce(%p, %q), GROUPS, to_apply=%add
+  ROOT %out = (s32[], bf16[4,8]) tuple(%i, %g)
+}
+
+%cond (x: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %w = (s32[], bf16[4,8]) while(%t), condition=%cond, body=%bodyTRIPS
+  %s = f32[2]{0} reduce-scatter(%x), GROUPS, to_apply=%add
+  %start = (f32[2], f32[8]) all-gather-start(%s), GROUPS, dimensions={0}
+  %done = f32[8] all-gather-done(%start)
+  ROOT %p = f32[8] collective-permute(%done), source_target_pairs={{0,1},{1,0}}
+}
+"""
+GROUPS = {
+  "listed": "replica_groups={{0,1,2,3},{4,5,6,7}}",
+  "iota": "replica_groups=[2,4]<=[8]",
+  "mesh": "replica_groups=mesh['a'=2,'b'=4] {'b'}",
+}
+TRIPS = ', backend_config={"known_trip_count":{"n":"3"}}'
+
+
+@pytest.mark.parametrize("notation", GROUPS)
+def test_bytes_of_every_kind_are_read_and_loops_multiply(notation):
+  text = LOOP.replace("GROUPS", GROUPS[notation]).replace("TRIPS", TRIPS)
+  found = collectives.read(text)
+  assert [(c.kind, c.bytes, c.times) for c in found] == [
+    ("all-gather", 64, 3),
+    ("all-reduce", 36, 3),
+    ("reduce-scatter", 32, 1),
+    ("all-gather", 32, 1),
+    ("collective-permute", 32, 1),
+  ]
+  assert all(c.known for c in found)
+  # Of four devices, each has a quarter already.
+  assert [c.received for c in found] == [144, 162, 24, 24, 32]
+  assert collectives.total(found, "all-gather") == (4, 224, 168)
+  assert collectives.total(found, *collectives.SUMS) == (4, 140, 186)
+
+
+def test_a_loop_of_unknown_length_is_told():
+  text = LOOP.replace("GROUPS", GROUPS["iota"]).replace("TRIPS", "")
+  known = [c.known for c in collectives.read(text)]
+  assert known == [False, False, True, True, True]
+
+
+def test_what_cannot_be_read_is_refused():
+  with pytest.raises(ValueError, match="no entry"):
+    collectives.read("module @jit_step {}")
+  text = LOOP.replace("GROUPS", "replica_groups=?").replace("TRIPS", TRIPS)
+  with pytest.raises(ValueError, match="notation"):
+    collectives.read(text)
+
+
+if __name__ == "__main__":
+  assert jax.device_count() == 8
+  at = pathlib.Path(sys.argv[1])
+  print(json.dumps({name: measured(at, *CASES[name]) for name in CASES}))
