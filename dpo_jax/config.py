@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo_jax import losses
 from dpo_jax.errors import ConfigError
+from dpo_jax.watch import parse_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,9 @@ class Log:
   tensorboard: bool = False
   wandb: bool = False
   name: str = ""  # of the run, in W&B
+  watchdog: float = 1800.0  # seconds without a step until stacks; 0: never
+  trace: str = ""  # steps to profile, as in "20-22"
+  peak_tflops: float = 0.0  # of a device, for mfu; 0: as its kind is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +209,7 @@ def _check_ranges(config: Config) -> None:
     high = 1 if key in _SHARES else 2**32 - 1
     if not low <= value <= high:  # NaN neither
       raise ConfigError(f"config.{key}={value} should lie in [{low}, {high}]")
+  parse_steps(config.log.trace)
   if config.model.width < config.model.heads:
     raise ConfigError(
       f"config.model.heads={config.model.heads} should be at most"

@@ -6,10 +6,11 @@ import math
 import os
 from typing import Any
 
+import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import evaluate, losses, optim, reference_cache, sharding
+from dpo_jax import evaluate, flops, losses, optim, reference_cache, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.batch import Scores
 from dpo_jax.build import Built, build, load_data
@@ -56,6 +57,15 @@ class Run:
       self.built.abstract, o.pop("freeze"), o.pop("rates")
     )
     trained, _ = self.trainable.split(self.built.abstract)
+    self._costs = flops.Costs(
+      self.built.model.config,
+      self.trainable.layers(),
+      {
+        path: math.prod(x.shape[1:])
+        for path, x in traverse.flatten_dict(trained, sep="/").items()
+        if path.startswith("lora/")
+      },
+    )
     self.schedule = optim.make_schedule(
       o.pop("learning_rate"),
       self.steps,
@@ -86,6 +96,19 @@ class Run:
       ),
     )
     self.evaluator = evaluate.make_evaluator(self.built.score, self.loss, mesh)
+
+  def ideal_flops(self, step: int) -> float:
+    """What step `step`, counted from 1, needs at least; see `flops`."""
+    c, (prompts, responses) = self.config, self.train_plan.lengths(step - 1)
+    shape = self.built.model.config
+    work = flops.work(shape, prompts, responses)
+    total = self._costs.forward(work, adapters=True)
+    if self.loss.needs_reference and self.train_plan.reference is None:
+      has_adapters = bool(c.lora.path and not c.reference.path)
+      total += self._costs.forward(work, adapters=has_adapters)
+    if self.loss.mismatches:  # those completions have no gradient
+      work = flops.work(shape, prompts, responses[:, :1])
+    return total + self._costs.backward(work)
 
   def start(self) -> tuple[TrainState, Any]:
     """The state before any step, and the frozen variables beside it."""

@@ -1,6 +1,5 @@
 """The loop: a run from its start, or from where it stopped, to its report."""
 
-import contextlib
 import logging
 import os
 import time
@@ -9,18 +8,19 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 
-from dpo_jax import losses, metrics, sharding
+from dpo_jax import sharding
 from dpo_jax.answers import sample_rows
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
-from dpo_jax.errors import CheckpointError, UserError
+from dpo_jax.errors import CheckpointError
 from dpo_jax.finish import finish
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
 from dpo_jax.signals import StopSignal
+from dpo_jax.step_log import StepLog
 from dpo_jax.trainable import join
+from dpo_jax.watch import Trace, Watchdog
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import MetricsWriter, read_metrics
 
@@ -53,7 +53,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     if start == run.steps and place.summary.exists():
       _LOG.info("%s: complete, nothing to do", place.path)
       return place.read_summary()
-    (state, frozen), log = run.start(), StepLog(run)
+    (state, frozen), log = run.start(), StepLog(run, begun)
     reference = run.load_reference(state.params, frozen)
     state = run.with_reference(state, reference)
     answerer = run.answerer()
@@ -89,11 +89,13 @@ def _loop(run, state, frozen, reference, start, saved, log, begun):
   t = run.config.train
   online = None if run.train_plan.reference is not None else reference
   evaluated = _last_evaluated(log.writer.path)
+  place, settings = log.writer.directory, run.config.log
+  watchdog = Watchdog(settings.watchdog, place, jax.process_index())
 
   def evaluate(step):
     nonlocal evaluated
     if run.eval_plan is not None and evaluated != step:
-      with log.untimed():
+      with log.untimed(), watchdog.paused():
         result = run.evaluator(
           join(frozen, state.params),
           reference if state.reference is None else state.reference,
@@ -117,17 +119,21 @@ def _loop(run, state, frozen, reference, start, saved, log, begun):
   with (
     StopSignal() as stop,
     Progress(run.steps, start, batch_size=t.batch_size, unit=unit) as progress,
+    watchdog,
+    Trace(settings.trace, place) as trace,
   ):
-    for step, batch, tokens in _batches(run, start):
-      state, sums = run.step(state, online, batch, frozen)
+    for step, batch in _batches(run, start):
+      state, sums = trace.step(step, run.step, state, online, batch, frozen)
       if previous:
         log.add(progress, *previous)
-      previous = step, sums, tokens
+        watchdog.beat(previous[0])
+      previous = step, sums
       last, stopping = step == run.steps, stop.requested
       due = last or _due(step, t.eval_every)
       saves = last or stopping or _due(step, t.checkpoint_every)
       if due or saves:
         log.add(progress, *previous)
+        watchdog.beat(step)
         previous = None
       if due:
         evaluate(step)
@@ -139,15 +145,14 @@ def _loop(run, state, frozen, reference, start, saved, log, begun):
   return state
 
 
-def _batches(run: Run, start: int) -> Iterator[tuple[int, Any, int]]:
-  """Yields (number of the step, batch on the mesh, its real tokens); batches
-  are packed ahead by threads."""
+def _batches(run: Run, start: int) -> Iterator[tuple[int, Any]]:
+  """Yields (number of the step, batch on the mesh); batches are packed ahead by
+  threads."""
   data = grain.MapDataset.source(run.train_plan)[start:]
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
   steps = data.to_iter_dataset(options)
   for step, (batch, _) in enumerate(steps, start + 1):
-    tokens = int((batch.key_end > 0).sum())
-    yield step, sharding.put_batch(batch, run.built.mesh), tokens
+    yield step, sharding.put_batch(batch, run.built.mesh)
 
 
 def _due(step: int, every: int) -> bool:
@@ -170,78 +175,8 @@ def _check_same_run(saved: Checkpoints, step: int, run: Run) -> None:
       )
 
 
-def _continue(saved: Checkpoints, step: int, run: Run, log: "StepLog"):
+def _continue(saved: Checkpoints, step: int, run: Run, log: StepLog):
   meta = saved.meta(step)
   log.restore(meta["log"])
   _LOG.info("continuing at step %d of %d", step, run.steps)
   return saved.restore(step, run.abstract_state), meta["seconds"]
-
-
-class StepLog:
-  """Means over the steps between two rows of metrics.jsonl."""
-
-  def __init__(self, run: Run):
-    self._run = run
-    self._sums: dict[str, losses.Sums] = {}
-    self._tokens = 0
-    self._since: tuple[int, float] | None = None
-    self._skipped_in_a_row = 0
-    self.writer: MetricsWriter | None = None
-
-  def add(self, progress: Progress, step: int, sums: Any, tokens: int) -> None:
-    """Adds one step; writes a row where one is due.
-
-    Raises:
-      UserError: too many steps in a row were not finite.
-    """
-    t = self._run.config.train
-    sums = jax.device_get(sums)
-    self._check_finite(step, float(sums["skipped"].total))
-    self._sums = metrics.add([self._sums, sums])
-    self._tokens += tokens
-    now = time.perf_counter()
-    if self._since is None:  # the first step compiles and is not timed
-      self._since, self._tokens = (step, now), 0
-    values = metrics.means(sums)
-    progress.update(step, values)
-    if not (_due(step, t.log_every) or step == self._run.steps):
-      return
-    row = metrics.means(self._sums)
-    row["learning_rate"] = float(self._run.schedule(step - 1))
-    steps, seconds = step - self._since[0], now - self._since[1]
-    if steps:
-      row["pairs_per_second"] = steps * t.batch_size / seconds
-      row["tokens_per_second"] = self._tokens / seconds
-    self.writer.write(step, "train", row)
-    self._sums, self._tokens, self._since = {}, 0, (step, now)
-
-  @contextlib.contextmanager
-  def untimed(self) -> Iterator[None]:
-    """Leaves what is done inside out of the speed of the steps around it."""
-    begun = time.perf_counter()
-    yield
-    if self._since:
-      step, since = self._since
-      self._since = step, since + time.perf_counter() - begun
-
-  def pending(self) -> dict[str, list[float]]:
-    """What a checkpoint keeps, so that a resumed run writes the same rows."""
-    return {
-      k: [np.asarray(x).tolist() for x in s] for k, s in self._sums.items()
-    }
-
-  def restore(self, pending: dict[str, list[float]]) -> None:
-    self._sums = {k: losses.Sums(*map(np.array, v)) for k, v in pending.items()}
-
-  def _check_finite(self, step: int, skipped: float) -> None:
-    self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-    if not skipped:
-      return
-    _LOG.warning("step %d: loss or gradient not finite, update skipped", step)
-    limit = self._run.config.train.max_skipped
-    if self._skipped_in_a_row >= limit:
-      raise UserError(
-        f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a"
-        " loss or gradient that is not finite; lower optim.learning_rate, or"
-        " look at the data of these steps. The last checkpoint is intact"
-      )

@@ -60,6 +60,10 @@ class Trainable:
       for path in self._trained
       if np.any(frozen.get(path, False))
     }
+    self._layers = {
+      path: ~self._held.get(path, np.zeros(len(names[path]), bool))
+      for path in sorted(self._trained)
+    }
     self._rates = _read_rates(rates, {p: names[p] for p in self._trained})
 
   def split(self, variables: Tree) -> tuple[Tree, Tree]:
@@ -80,6 +84,11 @@ class Trainable:
       held = _along(path, held, leaf.ndim)
       leaves[path] = jnp.where(held, jax.lax.stop_gradient(leaf), leaf)
     return join(frozen, traverse.unflatten_dict(leaves, sep="/"))
+
+  def layers(self) -> dict[str, np.ndarray]:
+    """Which layers of each trained array are trained, bool[L]; bool[1] outside
+    of the layers. By path, as in "params/layers/mlp/up/kernel"."""
+    return dict(self._layers)
 
   def factors(self, trained: Tree) -> Tree | None:
     """Factor on the update of each trained array, f32[] or f32[L 1 ...]; None

@@ -12,6 +12,7 @@ from dpo_jax.build import build
 from dpo_jax.config import from_dict
 from dpo_jax.config_file import defaults
 from dpo_jax.models import hf
+from dpo_jax.step_log import CLOCKED
 from dpo_jax.weights import load_variables
 from dpo_jax.writers import read_metrics
 
@@ -63,7 +64,7 @@ def small_config(corpus, loss="dpo", **changes):
 def metric_rows(workdir):
   """Metrics rows without what depends on the clock."""
   return [
-    {k: v for k, v in row.items() if not k.endswith("per_second")}
+    {k: v for k, v in row.items() if k not in CLOCKED}
     for row in read_metrics(workdir / "metrics.jsonl")
   ]
 
@@ -73,10 +74,10 @@ def stop_after(monkeypatch, stop):
   real = train_module._batches
 
   def batches(run, start):
-    for step, batch, tokens in real(run, start):
+    for step, batch in real(run, start):
       if step == stop:
         signal.raise_signal(signal.SIGTERM)
-      yield step, batch, tokens
+      yield step, batch
 
   monkeypatch.setattr(train_module, "_batches", batches)
 

@@ -249,7 +249,10 @@ def test_a_batch_tells_each_example_whole(kind):
       assert batch.desirable[row, place] == x.desirable[e]
     # Nothing else is scored.
     scored = batch.slot < 2 * batch.weights.shape[1]
-    assert scored.sum() == plan._costs(who)[1].sum()
+    prompts, responses = plan.lengths(step)
+    np.testing.assert_array_equal(prompts, x.prompt_lengths[who])
+    assert scored.sum() == responses.sum() == batch.lengths.sum()
+    assert (batch.key_end > 0).sum() == plan.tokens(step)
 
 
 @pytest.mark.parametrize("most", [2, 3, 4, 5])
@@ -282,13 +285,13 @@ def test_every_token_of_every_ranked_response_is_scored_once(most):
         )
     # Nothing else is scored, no token scores two, and no place is left over.
     scored = batch.slot < most * ids.shape[1]
-    tokens, responses = plan._costs(plan.members(step))
+    _, responses = plan.lengths(step)
     assert scored.sum() == responses.sum() == batch.lengths.sum()
     assert (batch.slot[~scored] == most * ids.shape[1]).all()
     for row, mine in enumerate(scored):
       source = batch.source[row, mine]
       assert len(set(source)) == len(source)
-    assert (batch.key_end > 0).sum() == tokens.sum()
+    assert (batch.key_end > 0).sum() == plan.tokens(step)
     assert not batch.lengths[ids < 0].any()
 
 

@@ -130,10 +130,25 @@ class Plan:
       [_permutation(self.seed, e, n)[i] for e, i in zip(*epochs, strict=True)]
     )
 
+  def lengths(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a step's prompts, i32[n], and of their responses, i32[n K],
+    mismatched ones included; for all hosts together."""
+    members = self.members(step)
+    x = self.examples
+    lengths = x.lengths[members]
+    if self._mismatched:
+      lengths[:, 1] = x.chosen_lengths[self._others(members)]
+    return x.prompt_lengths[members], lengths
+
+  def tokens(self, step: int) -> int:
+    """Row tokens of a step that are not padding; for all hosts together."""
+    prompts, lengths = self.lengths(step)
+    return int(token_cost(prompts, *lengths.T).sum())
+
   def fill(self) -> float:
     """Share of row tokens, over all steps, that are not padding."""
-    used = sum(self._costs(self.members(s))[0].sum() for s in range(len(self)))
-    return float(used / self.row_tokens())
+    used = sum(map(self.tokens, range(len(self))))
+    return used / self.row_tokens()
 
   def row_tokens(self) -> int:
     """Tokens through the layers over all steps, padding included."""
@@ -171,19 +186,12 @@ class Plan:
       x.prompt(e), first, second, bool(x.desirable[e]), tuple(rest)
     )
 
-  def _costs(self, members) -> tuple[np.ndarray, np.ndarray]:
-    """Row tokens and scored tokens of a step's examples."""
-    x = self.examples
-    lengths = x.lengths[members]
-    if self._mismatched:
-      lengths[:, 1] = x.chosen_lengths[self._others(members)]
-    tokens = token_cost(x.prompt_lengths[members], *lengths.T)
-    return tokens, lengths.sum(axis=1)
-
   def _rows(self, step: int, shape: RowShape | None = None) -> list[list[int]]:
-    tokens, scored = self._costs(self.members(step))
+    prompts, lengths = self.lengths(step)
     return first_fit_decreasing(
-      tokens.tolist(), scored.tolist(), shape or self.shape
+      token_cost(prompts, *lengths.T).tolist(),
+      lengths.sum(axis=1).tolist(),
+      shape or self.shape,
     )
 
   def _choose_shape(self, row_length: int, multiple: int) -> RowShape:

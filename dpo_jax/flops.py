@@ -1,0 +1,194 @@
+"""FLOPs that a training step needs at least, and what devices could do.
+
+Needed are the products with weights and in attention over tokens that are
+there: a prompt once for all its responses, no padding, visible keys only, the
+unembedding where a response token is predicted, nothing twice. What recomputing
+(remat, tiles of the head, blocks of attention) costs on top is not counted, so
+that `mfu` is a share of useful work. A multiply-add is two FLOPs; norms,
+softmax, optimizer and the loss itself are left out.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.models.shape import Config
+
+
+class Work(NamedTuple):
+  """What some examples make a model do, in numbers of things."""
+
+  tokens: int  # through the layers
+  seen: int  # (query, visible key) pairs in a layer that sees all
+  seen_near: int  # likewise in a layer with a sliding window
+  scored: int  # positions that meet the vocabulary
+
+
+def work(config: Config, prompts: np.ndarray, responses: np.ndarray) -> Work:
+  """Counts the work of examples laid out as in `dpo_jax.batch`.
+
+  Args:
+    config: of the model.
+    prompts: i[N], tokens of each prompt, at least 1.
+    responses: i[N K], tokens of each response, 0 for none.
+  """
+  prompts = np.asarray(prompts, np.int64)
+  responses = np.asarray(responses, np.int64)
+  before = prompts - 1  # its last token is the first of each response's
+
+  def seen(window):
+    shared = _causal(before, window)
+    own = _causal(before[:, None] + responses, window) - shared[:, None]
+    return int(shared.sum() + own.sum())
+
+  scored = int(responses.sum())
+  return Work(
+    int(before.sum()) + scored,
+    seen(None),
+    seen(config.window) if any(config.local) else 0,
+    scored,
+  )
+
+
+class Costs:
+  """FLOPs of a model's forward and of its backward, by work."""
+
+  def __init__(
+    self,
+    config: Config,
+    trained: Mapping[str, np.ndarray],
+    adapters: Mapping[str, int] | None = None,
+  ):
+    """Works out the costs of a unit of each kind of work.
+
+    A weight that is not trained needs no gradient of its own, and what lies
+    below all that is trained needs no backward. The lowest layer of which
+    something is trained counts whole.
+
+    Args:
+      config: of the model.
+      trained: which layers of each trained array, bool[L] (bool[1] outside of
+        layers), by path, as in "params/layers/attention/q/kernel".
+      adapters: numbers a layer of each trained adapter array, by path.
+    """
+    c, local = config, np.array(config.local)
+    kernels = _kernels(c)
+    nothing = np.zeros(c.layers, bool)
+    weights = sum(
+      size * np.broadcast_to(trained.get(f"params/layers/{path}", nothing),
+                             c.layers)
+      for path, size in kernels.items()
+    )  # fmt: skip
+    moves = np.array(nothing)
+    for path, layers in trained.items():
+      if "/layers/" in path:
+        moves |= layers
+    below = np.logical_or.accumulate(moves | ("params/embed" in trained))
+    extra = sum((adapters or {}).values())
+    head = c.vocab_size * c.width
+    unembed = "params/embed" if c.tied else "params/unembed"
+    reached = below.any() or "params/norm/scale" in trained
+    products = 4 * c.heads * c.head_dim
+    base = sum(kernels.values())
+    self._forward = np.array([
+      2 * c.layers * base,
+      products * (~local).sum(),
+      products * local.sum(),
+      2 * head,
+    ], np.float64)  # fmt: skip
+    self._adapters = 2.0 * c.layers * extra
+    self._backward = np.array([
+      2 * (below * base + weights).sum() + 2 * self._adapters,
+      2 * products * (below & ~local).sum(),
+      2 * products * (below & local).sum(),
+      2 * head * (int(reached) + (unembed in trained)),
+    ], np.float64)  # fmt: skip
+
+  def forward(self, work: Work, adapters: bool = False) -> float:
+    """FLOPs of scoring; `adapters` are the policy's, on top of the base."""
+    extra = self._adapters * work.tokens if adapters else 0.0
+    return float(self._forward @ np.array(work, np.float64)) + extra
+
+  def backward(self, work: Work) -> float:
+    """FLOPs of the gradient of what is trained."""
+    return float(self._backward @ np.array(work, np.float64))
+
+
+def _kernels(c: Config) -> dict[str, int]:
+  """Multiply-adds a token with each kernel of a layer."""
+  q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  attention = {"q": q, "k": kv, "v": kv, "o": q}
+  found = {f"attention/{k}/kernel": c.width * n for k, n in attention.items()}
+  mlp, times = "mlp", 1
+  if c.experts is not None:
+    mlp, times = "mlp/experts", c.experts_per_token
+    found["mlp/router/kernel"] = c.width * c.experts
+  for name in ("gate", "up", "down"):
+    found[f"{mlp}/{name}/kernel"] = times * c.width * c.ffn
+  return found
+
+
+def _causal(n: np.ndarray, window: int | None) -> np.ndarray:
+  """(query, key) pairs of the first n positions: each sees itself and those
+  before, at most `window`."""
+  if window is None:
+    return n * (n + 1) // 2
+  full = np.minimum(n, window)
+  return full * (full + 1) // 2 + (n - full) * window
+
+
+class Peak(NamedTuple):
+  """Dense matrix products, in TFLOP/s of a JAX device."""
+
+  bfloat16: float
+  float32: float  # at JAX's default precision: bfloat16 on TPU, TF32 on GPU
+
+
+# By the beginning of `device_kind`, the longest that fits. TPUs: peak compute
+# per chip of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; a TPU7x
+# chip is two devices to JAX. GPUs: NVIDIA's data sheets of the product, halved
+# where they count sparsity; of Blackwell those of HGX B200 and of GB200 NVL72,
+# divided by their 8 and 72 GPUs.
+_PEAKS = {
+  "TPU v4": Peak(275, 275),
+  "TPU v5 lite": Peak(197, 197),
+  "TPU v5e": Peak(197, 197),
+  "TPU v5": Peak(459, 459),
+  "TPU v6 lite": Peak(918, 918),
+  "TPU v6e": Peak(918, 918),
+  "TPU7x": Peak(1153.5, 1153.5),
+  "NVIDIA A100": Peak(312, 156),
+  "NVIDIA L4": Peak(121, 60),
+  "NVIDIA L40S": Peak(362, 183),
+  "NVIDIA H100": Peak(989, 494),
+  "NVIDIA H100 PCIe": Peak(756, 378),
+  "NVIDIA H100 NVL": Peak(835, 417),
+  "NVIDIA GH200": Peak(989, 494),
+  "NVIDIA H200": Peak(989, 494),
+  "NVIDIA H200 NVL": Peak(835, 417),
+  "NVIDIA B200": Peak(2250, 1125),
+  "NVIDIA GB200": Peak(2500, 1250),
+}
+
+
+def peak(kind: str, dtype: str, known: float = 0.0) -> float | None:
+  """FLOP/s that one device could reach; None if that is not known.
+
+  Args:
+    kind: `device_kind` of a JAX device.
+    dtype: of activations, "bfloat16" or "float32".
+    known: TFLOP/s to take instead, where above 0.
+  """
+  if known > 0:
+    return known * 1e12
+  fits = [name for name in _PEAKS if _is(name, kind)]
+  if not fits:
+    return None
+  return getattr(_PEAKS[max(fits, key=len)], dtype) * 1e12
+
+
+def _is(name: str, kind: str) -> bool:
+  """Whether a kind is of that name: NVIDIA L40 is no L4."""
+  after = kind[len(name) : len(name) + 1]
+  return kind.startswith(name) and not after.isalnum()

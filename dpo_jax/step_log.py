@@ -1,0 +1,157 @@
+"""What a run says of its training steps: the train rows of metrics.jsonl."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import flops, losses, metrics
+from dpo_jax.errors import UserError
+from dpo_jax.progress import Progress
+from dpo_jax.run import Run
+from dpo_jax.writers import MetricsWriter
+
+_LOG = logging.getLogger("dpo_jax")
+
+# Columns of train rows that depend on the clock and the machine. All others
+# are functions of config and data: a resumed run repeats them.
+CLOCKED = frozenset(
+  {
+    "pairs_per_second",  # since the row before, compiling and pauses left out
+    "tokens_per_second",  # real ones, no padding; likewise
+    "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
+    "goodput",  # seconds of steps that were applied, over all since the start
+    "peak_memory_bytes",  # of this host's fullest device, since its start
+  }
+)
+
+
+class StepLog:
+  """Means over the steps between two rows of metrics.jsonl.
+
+  `goodput` counts from the first start of the run, so what stops, restarts,
+  lost steps, compiling, evaluation and saving take lowers it. A first step of
+  a process compiles, and counts for nothing.
+  """
+
+  def __init__(self, run: Run, started: float | None = None):
+    """Args:
+    run: what is trained.
+    started: when, as `time.time()`; None: now.
+    """
+    self._run = run
+    self._started = time.time() if started is None else started
+    self._peak = flops.peak(
+      jax.devices()[0].device_kind,
+      run.config.model.dtype,
+      run.config.log.peak_tflops,
+    )
+    self._useful = 0.0  # seconds of applied steps since `started`
+    self._mark: float | None = None  # when the step before was done
+    self._sums: dict[str, losses.Sums] = {}
+    self._timed = _Timed()
+    self._skipped_in_a_row = 0
+    self.writer: MetricsWriter | None = None
+
+  def add(self, progress: Progress, step: int, sums: Any) -> None:
+    """Adds one step; writes a row where one is due.
+
+    Raises:
+      UserError: too many steps in a row were not finite.
+    """
+    t = self._run.config.train
+    sums = jax.device_get(sums)
+    skipped = float(sums["skipped"].total)
+    self._check_finite(step, skipped)
+    self._sums = metrics.add([self._sums, sums])
+    now = time.perf_counter()
+    if self._mark is not None:
+      self._timed.add(self._run, step, now - self._mark)
+      self._useful += 0 if skipped else now - self._mark
+    self._mark = now
+    progress.update(step, metrics.means(sums))
+    every = t.log_every
+    if not ((every and step % every == 0) or step == self._run.steps):
+      return
+    row = metrics.means(self._sums)
+    row["learning_rate"] = float(self._run.schedule(step - 1))
+    self.writer.write(step, "train", row | self._clocked())
+    self._sums, self._timed = {}, _Timed()
+
+  @contextlib.contextmanager
+  def untimed(self) -> Iterator[None]:
+    """Leaves what is done inside out of the time of the steps around it."""
+    begun = time.perf_counter()
+    yield
+    if self._mark is not None:
+      self._mark += time.perf_counter() - begun
+
+  def pending(self) -> dict[str, Any]:
+    """What a checkpoint keeps, as JSON: what a resumed run needs to write the
+    same rows, and its goodput."""
+    sums = {
+      k: [np.asarray(x).tolist() for x in s] for k, s in self._sums.items()
+    }
+    return {"sums": sums, "started": self._started, "useful": self._useful}
+
+  def restore(self, pending: dict[str, Any]) -> None:
+    """Takes up what `pending` gave."""
+    self._sums = {
+      k: losses.Sums(*map(np.array, v)) for k, v in pending["sums"].items()
+    }
+    self._started, self._useful = pending["started"], pending["useful"]
+
+  def _clocked(self) -> dict[str, float]:
+    t, columns = self._timed, {}
+    if t.seconds > 0:
+      batch_size = self._run.config.train.batch_size
+      columns["pairs_per_second"] = t.steps * batch_size / t.seconds
+      columns["tokens_per_second"] = t.tokens / t.seconds
+      if self._peak:
+        peak = self._peak * self._run.built.mesh.size
+        columns["mfu"] = t.flops / t.seconds / peak
+    elapsed = time.time() - self._started
+    columns["goodput"] = self._useful / elapsed if elapsed > 0 else 0.0
+    memory = peak_memory()
+    if memory is not None:
+      columns["peak_memory_bytes"] = memory
+    return columns
+
+  def _check_finite(self, step: int, skipped: float) -> None:
+    self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+    if not skipped:
+      return
+    _LOG.warning("step %d: loss or gradient not finite, update skipped", step)
+    limit = self._run.config.train.max_skipped
+    if self._skipped_in_a_row >= limit:
+      raise UserError(
+        f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a"
+        " loss or gradient that is not finite; lower optim.learning_rate, or"
+        " look at the data of these steps. The last checkpoint is intact"
+      )
+
+
+class _Timed:
+  """Steps since the last row whose time is known."""
+
+  def __init__(self):
+    self.steps = self.tokens = 0
+    self.flops = self.seconds = 0.0
+
+  def add(self, run: Run, step: int, seconds: float) -> None:
+    self.steps += 1
+    self.tokens += run.train_plan.tokens(step - 1)
+    self.flops += run.ideal_flops(step)
+    self.seconds += seconds
+
+
+def peak_memory() -> int | None:
+  """Most bytes in use so far on any device of this host; None where the
+  platform does not tell, as CPUs do not."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  return max(peaks, default=None)
