@@ -28,7 +28,7 @@ FLOORS = (
     "watch",
   ),
   ("score", "accumulate", "decode", "config_file", "workdir"),
-  ("sample",),
+  ("sample", "sweep"),
   ("train_step",),
   ("evaluate", "build"),
   ("weights",),
