@@ -6,6 +6,7 @@ them by `--config.section.field=value`; nothing else is read anywhere.
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from dpo_jax import losses
@@ -95,6 +96,9 @@ class Train:
   eval_every: int = 100  # steps; 0: only before and after
   checkpoint_every: int = 500  # steps; 0: only at the end
   keep_checkpoints: int = 2
+  keep_best: str = ""  # of evaluation, "max METRIC" or "min METRIC": saves at
+  # each, and keeps the best step as well
+  on_damaged_checkpoint: str = "fallback"  # to the one before, or "stop"
   log_every: int = 10
   max_skipped: int = 10  # steps in a row that may be skipped as not finite
   export: bool = True  # write a Hugging Face folder at the end
@@ -149,6 +153,7 @@ class Config:
 
   def __post_init__(self):
     _check_ranges(self)
+    _check_words(self)
 
   def make_loss(self) -> losses.Loss:
     """The loss with its hyper-parameters.
@@ -184,7 +189,8 @@ _HARMLESS = (
   "mesh.", "log.", "data.cache_dir", "model.remat", "model.attention",
   "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
-  "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
+  "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
+  "train.on_damaged_checkpoint", "train.max_skipped",
   "train.export", "sample.batch_size",
 )  # fmt: skip
 
@@ -215,6 +221,42 @@ def _check_ranges(config: Config) -> None:
       f"config.model.heads={config.model.heads} should be at most"
       f" config.model.width={config.model.width}"
     )
+
+
+def _check_words(config: Config) -> None:
+  best = config.train.keep_best.split()
+  if best and not (len(best) == 2 and best[0] in ("max", "min")):
+    raise ConfigError(
+      f"config.train.keep_best={config.train.keep_best!r} should be a direction"
+      ' and a metric of evaluation, e.g. "min loss" or "max'
+      ' rewards/accuracies"'
+    )
+  damaged = config.train.on_damaged_checkpoint
+  if damaged not in ("fallback", "stop"):
+    raise ConfigError(
+      f"config.train.on_damaged_checkpoint={damaged!r} should be 'fallback' or"
+      " 'stop'"
+    )
+
+
+def check_names(names: Iterable[str]) -> None:
+  """Raises ConfigError for what is neither a setting nor a section."""
+  known = flatten(Config().to_dict()).keys() | {"loss"}
+  sections = {name.partition(".")[0] for name in known}
+  for name in names:
+    if name not in known | sections and not name.startswith("loss."):
+      close = difflib.get_close_matches(name, known, n=1)
+      hint = f"; did you mean {close[0]!r}?" if close else ""
+      raise ConfigError(f"the config has no setting {name!r}{hint}")
+
+
+def without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """Flat settings that are neither among the names nor in a section that is."""
+  return {
+    key: value
+    for key, value in values.items()
+    if not any(key == name or key.startswith(name + ".") for name in names)
+  }
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -26,7 +26,8 @@ Evaluator = Callable[..., Evaluation]
 
 def make_evaluator(score: Score, loss: losses.Loss, mesh: Mesh) -> Evaluator:
   """Builds `evaluate(params, reference, plan, loss_state=None)`, compiled once
-  per shape.
+  per shape. A further `interrupted` is asked before each batch, and ends it
+  with None where it is true.
 
   The means do not depend on the batch size: sums are added in float64 and
   divided by the number of examples (except for what a loss itself couples,
@@ -43,9 +44,12 @@ def make_evaluator(score: Score, loss: losses.Loss, mesh: Mesh) -> Evaluator:
     reference: Variables | None,
     plan: Plan,
     loss_state: Any = None,
-  ) -> Evaluation:
+    interrupted: Callable[[], bool] = lambda: False,
+  ) -> Evaluation | None:
     sums, parts = [], []
     for s in range(len(plan)):
+      if interrupted():
+        return None
       batch, ids = plan[s]
       out, *scores = step(
         params, reference, sharding.put_batch(batch, mesh), loss_state

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import metrics, trainable
+from dpo_jax import processes, trainable
 from dpo_jax.answers import Answerer
 from dpo_jax.config import flatten
 from dpo_jax.models import hf, lora, peft
@@ -45,7 +45,8 @@ def finish(
       strict=True,
     ):
       row |= {"step": run.steps, "after": response, "reward_after": reward}
-    place.write_jsonl(place.samples, rows)
+    if processes.leads():
+      place.write_jsonl(place.samples, rows)
     if after.rewards:
       rewards = {
         "before": float(np.mean([row["reward_before"] for row in rows])),
@@ -59,8 +60,10 @@ def finish(
   summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
   if kl:
     summary["kl_standard_error"] = kl["standard_error"]
-  place.write_json(place.summary, _finite(summary))
-  write_report(place.path)
+  if processes.leads():
+    place.write_json(place.summary, _finite(summary))
+    write_report(place.path)
+  processes.wait("finished")
   return summary
 
 
@@ -69,11 +72,12 @@ def _export(run: Run, place: Workdir, policy: Variables) -> None:
   of a base in few bits stay alone: they go with the base as it was."""
   built, options = run.built, {}
   if built.lora:
-    adapters = jax.device_get(policy["lora"])
+    adapters = processes.gather(policy["lora"])
     options["transform"] = lora.merger(adapters)
     base = run.config.model.path
     names = built.family.HF_NAMES
-    peft.save(place.adapter, names, adapters, built.lora, base)
+    if processes.leads():
+      peft.save(place.adapter, names, adapters, built.lora, base)
   if run.config.model.quantize:
     return
   hf.save_checkpoint(
@@ -93,6 +97,7 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
   train = [r for r in rows if r["split"] == "train"]
   reports = run.data.reports
   plan = run.train_plan
+  speeds = [r["pairs_per_second"] for r in train if "pairs_per_second" in r]
   return {
     "method": run.loss.name,
     "loss": dict(run.loss.options),
@@ -107,7 +112,9 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
     "row_tokens": plan.shape.tokens,
     "fill": plan.fill(),
     "wall_seconds": seconds,
-    "throughput": metrics.speed(train),
+    "throughput": {"pairs_per_second": float(np.median(speeds))}
+    if speeds
+    else None,
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "versions": {
       "python": sys.version.split()[0],

@@ -2,14 +2,18 @@
 
 import contextlib
 import logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from dpo_jax import processes
 from dpo_jax.config import Config, from_dict
 from dpo_jax.errors import UserError
 
@@ -18,11 +22,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 
 
-def run(main: Callable[[Config], None]) -> None:
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None,
+  "host:port of the first of many processes; not needed on SLURM, GKE and Cloud"
+  " TPU. Or DPO_JAX_COORDINATOR in the environment; so for the next two.",
+)  # fmt: skip
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which this one is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+  "heartbeat_seconds", 100, "After so long without a sign the rest end, too."
+)
+
+
+def run(main: Callable[[Config], None], *, many: bool = False) -> None:
   """Parses flags into a typed config, calls `main`, and exits.
 
-  Exit status: 0 done or stopped by a signal with its checkpoint saved; 2 bad
-  input, with one line on stderr; anything else is a bug and shows a traceback.
+  Exit status: 0 done; 75 (`processes.STOPPED`) stopped by a signal, the same
+  command continues; 2 bad input, with one line on stderr; anything else is a
+  bug and shows a traceback.
+
+  Args:
+    main: the program.
+    many: whether it may be one of many processes.
   """
 
   def guarded(argv):
@@ -31,7 +52,17 @@ def run(main: Callable[[Config], None]) -> None:
         f"unexpected argument {argv[1]!r}; settings are given as"
         " --config.section.field=value"
       )
-    main(_read_config())
+    config = _read_config()
+    if many:
+      processes.start(
+        _given(_COORDINATOR, str) or "",
+        _given(_PROCESSES, int) or 0,
+        _given(_PROCESS, int),
+        heartbeat_seconds=_HEARTBEAT.value,
+      )
+      if not processes.leads():
+        logging.getLogger("dpo_jax").setLevel(logging.WARNING)
+    main(config)
 
   with guard():
     app.run(guarded, flags_parser=_parse)
@@ -39,7 +70,8 @@ def run(main: Callable[[Config], None]) -> None:
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
-  """Sets up logging; a `UserError` becomes one line on stderr and status 2."""
+  """Sets up logging; a `UserError` becomes one line on stderr and status 2,
+  `Stopped` one line and status 75."""
   handler = logging.StreamHandler(sys.stderr)
   handler.setFormatter(logging.Formatter("%(message)s"))
   log = logging.getLogger("dpo_jax")
@@ -52,10 +84,29 @@ def guard() -> Iterator[None]:
     yield
   except UserError as e:
     print(f"error: {_one_line(e)}", file=sys.stderr)
-    sys.exit(2)
+    processes.end(2)
+  except processes.Stopped as e:
+    print(e)
+    processes.end(processes.STOPPED)
   except BrokenPipeError:  # `| head` has seen enough
     sys.stderr.close()
     sys.exit(0)
+  except Exception:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    processes.end(1)
+
+
+def _given(flag, kind):
+  """The value of a flag, or of the environment, or None."""
+  name = f"DPO_JAX_{flag.name.upper()}"
+  if flag.value is not None or not os.environ.get(name):
+    return flag.value
+  try:
+    return kind(os.environ[name])
+  except ValueError as e:
+    raise UserError(f"{name}={os.environ[name]!r} should be a number") from e
 
 
 def _read_config() -> Config:

@@ -34,10 +34,12 @@ class Progress:
     interval: float = 10.0,
     batch_size: int | None = None,
     unit: str = "pairs",
+    silent: bool = False,
     clock: Callable[[], float] = time.monotonic,
   ):
     self.total_steps = total_steps
     self.stream = sys.stderr if stream is None else stream
+    self._silent = silent
     self._interval = interval
     self._batch_size = batch_size
     self._unit = unit
@@ -52,6 +54,8 @@ class Progress:
   def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
     """Call after each step with the number of steps done in all."""
     self._step = step
+    if self._silent:
+      return
     self._values = self._values if values is None else values
     now = self._clock()
     if self._bar is not None:
@@ -72,7 +76,8 @@ class Progress:
 
   def close(self) -> None:
     """Shows the last step if it was not shown yet, and ends the bar."""
-    if self._step > self._start[0] and self._shown_step != self._step:
+    unseen = self._step > self._start[0] and self._shown_step != self._step
+    if unseen and not self._silent:
       self._show(self._clock())
     if self._bar is not None:
       self._bar.close()
@@ -125,7 +130,7 @@ class Progress:
       print(text, file=self.stream, flush=True)
 
   def _make_bar(self, start_step: int) -> Any:
-    tqdm = _bar_of(self.stream)
+    tqdm = None if self._silent else _bar_of(self.stream)
     if tqdm is None:
       return None
     return tqdm(

@@ -6,6 +6,7 @@ are run. The loss and its hyper-parameters are no part of that, so a sweep over
 them scores once. An entry has all that any loss reads of a reference.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import checksums, processes
 from dpo_jax.batch import Scores
 from dpo_jax.build import Built
 from dpo_jax.config import Model
@@ -51,21 +52,35 @@ def find_or_score(
   """
   if not folder:
     return _scored(score, shape)
-  with cache.locked(folder, key):
-    found = cache.read(folder, key, _ARRAYS)
-    if found:
-      arrays, _ = found
-      # Read whole: batches pick from them at random.
-      scores = Scores(*(np.array(arrays[name]) for name in _ARRAYS))
-      if _fits(scores, shape):
-        _LOG.info("reference scores of %d examples from cache", shape[0])
-        return scores
-      _LOG.warning("%s/%s: damaged cache, will be rebuilt", folder, key)
-      cache.remove(folder, key)
+  found = None
+  with contextlib.ExitStack() as held:
+    # Scoring takes all processes of a run, so only its leader waits for others.
+    if processes.leads():
+      held.enter_context(cache.locked(folder, key))
+      found = _read(folder, key, shape)
+    if processes.lead(lambda: found is not None):
+      nothing = np.zeros(shape, np.float32)
+      return Scores(*processes.share(found or [nothing for _ in _ARRAYS]))
     scores = _scored(score, shape)
-    arrays = {"logps": scores.logps, "tails": scores.tails}
-    cache.write(folder, key, arrays, {"examples": shape[0]})
+    if processes.leads():
+      arrays = {name: getattr(scores, name) for name in _ARRAYS}
+      cache.write(folder, key, arrays, {"examples": shape[0]})
   return scores
+
+
+def _read(folder, key, shape) -> list[np.ndarray] | None:
+  """An entry, unless it is damaged or not there."""
+  found = cache.read(folder, key, _ARRAYS)
+  if not found:
+    return None
+  # Read whole: batches pick from them at random.
+  arrays = [np.array(found[0][name]) for name in _ARRAYS]
+  if all(x.shape == shape and x.dtype == np.float32 for x in arrays):
+    _LOG.info("reference scores of %d examples from cache", shape[0])
+    return arrays
+  _LOG.warning("%s/%s: damaged cache, will be rebuilt", folder, key)
+  cache.remove(folder, key)
+  return None
 
 
 def make_key(
@@ -102,50 +117,18 @@ def make_key(
 
 
 def fingerprint(variables: Any) -> str:
-  """SHA-256 (hex) of paths, dtypes, shapes and checksums of all arrays; these
-  are taken where the arrays lie, and are the same on any mesh."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-  parts = []
-  for path, leaf in leaves:
-    sums = [int(x) for x in jax.device_get(_checksums(leaf))]
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    parts.append([name, str(leaf.dtype), list(leaf.shape), sums])
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@jax.jit
-def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Two sums, u32[], of well mixed bits and places: integers, so that the order
-  of adding does not matter."""
-  if not jnp.issubdtype(x.dtype, jnp.floating):  # those of 4 bits among them
-    bits = x.astype(jnp.int32).astype(jnp.uint32)
-  else:
-    wide = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    place = place * jnp.uint32(size) + along
-  return tuple(
-    _mix(bits ^ _mix(place + jnp.uint32(seed))).sum(dtype=jnp.uint32)
-    for seed in (0x9E3779B9, 0x85EBCA6B)
-  )
-
-
-def _mix(x: jax.Array) -> jax.Array:
-  """The last steps of MurmurHash3 (public domain), a bijection of u32."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  """SHA-256 (hex) of paths, dtypes, shapes and checksums of all arrays; the
+  same on any mesh."""
+  described = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]
+  }
+  parts = json.dumps([described, checksums.of_tree(variables)], sort_keys=True)
+  return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def _scored(score: Callable[[], Scores], shape: tuple[int, int]) -> Scores:
   _LOG.info("scoring %d examples under the reference", shape[0])
   return score()
-
-
-def _fits(scores: Scores, shape: tuple[int, int]) -> bool:
-  return all(
-    x.shape == shape and x.dtype == np.float32
-    for x in (scores.logps, scores.tails)
-  )

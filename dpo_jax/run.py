@@ -10,7 +10,15 @@ import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import evaluate, flops, losses, optim, reference_cache, sharding
+from dpo_jax import (
+  evaluate,
+  flops,
+  losses,
+  optim,
+  processes,
+  reference_cache,
+  sharding,
+)
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.batch import Scores
 from dpo_jax.build import Built, build, load_data
@@ -38,11 +46,6 @@ class Run:
     self.loss = config.make_loss()
     self.follows = config.reference.sync_every > 0  # the policy (TR-DPO)
     _check_loss(config, self.loss)
-    if jax.process_count() > 1:
-      raise ConfigError(
-        f"{jax.process_count()} processes: a run is one process for now, with"
-        " all devices of its host"
-      )
     self.built = built or build(config)
     mesh = self.built.mesh
     _check_packed(config, self.built)
@@ -246,6 +249,8 @@ class Run:
       "mismatch": self.loss.mismatches,
       "scored_multiple": 8 * mesh.shape["tensor"],
     } | options
+    if processes.count() > 1:
+      options["local_rows"] = functools.partial(sharding.local_rows, mesh)
     return Plan(examples, batch_size=batch_size, **options)
 
   def _abstract_state(self) -> TrainState:

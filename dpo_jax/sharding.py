@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import ConfigError
@@ -109,9 +110,20 @@ def placed(tree: Any, mesh: Mesh) -> Any:
   )
 
 
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+  """bool[rows]: which rows of a batch lie on this process's devices, as
+  `put_batch` splits them."""
+  mine = np.zeros(rows, bool)
+  for (some,) in (
+    _by_rows(mesh).addressable_devices_indices_map((rows,)).values()
+  ):
+    mine[some] = True
+  return mine
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Numpy batch, the same on every host, to arrays split over its rows; each
-  host hands its devices only their rows."""
+  """Numpy batch to arrays split over its rows. Each process hands its devices
+  their rows and reads no others of the batch, see `local_rows`."""
   sharding = _by_rows(mesh)
 
   def put(x):

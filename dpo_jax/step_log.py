@@ -1,7 +1,9 @@
 """What a run says of its training steps: the train rows of metrics.jsonl."""
 
 import contextlib
+import json
 import logging
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,22 +19,41 @@ from dpo_jax.writers import MetricsWriter
 
 _LOG = logging.getLogger("dpo_jax")
 
+# Columns of train rows that depend on the clock and the machine. All others
+# are functions of config and data: a resumed run repeats them.
+CLOCKED = frozenset(
+  {
+    "pairs_per_second",  # since the row before, compiling and pauses left out
+    "tokens_per_second",  # real ones, no padding; likewise
+    "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
+    "goodput",  # seconds of steps that were applied, over all since the start
+    "peak_memory_bytes",  # of this host's fullest device, since its start
+  }
+)
+
 
 class StepLog:
-  """Means over the steps between two rows of metrics.jsonl, with the columns
-  of `metrics.CLOCKED`.
+  """Means over the steps between two rows of metrics.jsonl.
 
   `goodput` counts from the first start of the run, so what stops, restarts,
   lost steps, compiling, evaluation and saving take lowers it. A first step of
   a process compiles, and counts for nothing.
   """
 
-  def __init__(self, run: Run, started: float | None = None):
+  def __init__(
+    self,
+    run: Run,
+    started: float | None = None,
+    skipped: pathlib.Path | None = None,
+  ):
     """Args:
     run: what is trained.
     started: when, as `time.time()`; None: now.
+    skipped: file for the steps whose update was not finite, a JSON object
+      with their rows of the data a line; None: none.
     """
     self._run = run
+    self._skipped = skipped
     self._started = time.time() if started is None else started
     self._peak = flops.peak(
       jax.devices()[0].device_kind,
@@ -115,12 +136,18 @@ class StepLog:
     if not skipped:
       return
     _LOG.warning("step %d: loss or gradient not finite, update skipped", step)
+    if self._skipped:
+      examples = self._run.train_plan.members(step - 1)
+      rows = self._run.data.train.rows[examples]
+      with self._skipped.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
     limit = self._run.config.train.max_skipped
     if self._skipped_in_a_row >= limit:
       raise UserError(
         f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a"
         " loss or gradient that is not finite; lower optim.learning_rate, or"
-        " look at the data of these steps. The last checkpoint is intact"
+        " look at the rows of the data that skipped.jsonl names. The last"
+        " checkpoint is intact"
       )
 
 

@@ -1,148 +1,246 @@
 """The loop: a run from its start, or from where it stopped, to its report."""
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import jax
 
-from dpo_jax import sharding
-from dpo_jax.answers import sample_rows
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.config import Config
-from dpo_jax.errors import CheckpointError
+from dpo_jax import processes, sharding
+from dpo_jax.answers import Answerer, sample_rows
+from dpo_jax.checkpoint import Checkpoints, DamagedError, read_meta
+from dpo_jax.config import Config, check_names, differences, without
+from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.finish import finish
+from dpo_jax.processes import Stopped, StopSignal
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
-from dpo_jax.signals import StopSignal
 from dpo_jax.step_log import StepLog
 from dpo_jax.trainable import join
 from dpo_jax.watch import Trace, Watchdog
 from dpo_jax.workdir import Workdir
-from dpo_jax.writers import MetricsWriter, read_metrics
+from dpo_jax.writers import MetricsWriter, NoWriter, read_metrics
 
 _LOG = logging.getLogger("dpo_jax")
 
 
-class Stopped(Exception):
-  """A signal asked the run to stop; its checkpoint is saved."""
-
-
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+def train(
+  config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ()
+) -> dict[str, Any]:
   """Trains, or continues, or finds the run done; returns its summary.
 
   SIGTERM and SIGINT save a checkpoint after the step under way and raise
-  `Stopped`; the same call then continues to the same numbers.
+  `Stopped`; the same call then continues to the same numbers. With many
+  processes (see `processes.start`) all of them call it, with one work
+  directory that all see.
+
+  Args:
+    config: of the run.
+    workdir: where it lives; made where it is missing.
+    allow: settings that may differ from those the run began with, by name
+      ("optim.learning_rate") or section ("data").
 
   Raises:
     UserError: one line for what is wrong with the input.
     Stopped: a signal asked for it.
   """
   begun = time.time()
+  check_names(allow)
   place = Workdir(workdir)
-  place.check(config)
-  run = Run(config)
-  place.claim(config)
-  with Checkpoints(place.checkpoints, config.train.keep_checkpoints) as saved:
-    start = saved.latest_step() or 0
-    if start:
-      _check_same_run(saved, start, run)
-    if start == run.steps and place.summary.exists():
-      _LOG.info("%s: complete, nothing to do", place.path)
-      return place.read_summary()
-    (state, frozen), log = run.start(), StepLog(run, begun)
+  with StopSignal() as stop:
+    processes.lead(lambda: place.check(config, allow))
+    run = Run(config)
+    best = config.train.keep_best.partition(" ")[0]
+    with (
+      place.claimed(config, allow),
+      Checkpoints(
+        place.checkpoints, config.train.keep_checkpoints, best=best
+      ) as saved,
+    ):
+      return _Training(run, place, saved, stop, allow, begun).go()
+
+
+class _Training:
+  """One attempt at a run, from where it stands to its end."""
+
+  def __init__(
+    self,
+    run: Run,
+    place: Workdir,
+    saved: Checkpoints,
+    stop: StopSignal,
+    allow: Sequence[str],
+    begun: float,
+  ):
+    self.run, self.place, self.saved = run, place, saved
+    self.stop, self.allow, self.begun = stop, allow, begun
+    self.log = StepLog(run, begun, place.skipped if processes.leads() else None)
+    log = run.config.log
+    self.watchdog = Watchdog(log.watchdog, place.path, processes.number())
+    self.evaluated: tuple[int, dict[str, float]] | None = None  # last row
+
+  def go(self) -> dict[str, Any]:
+    run, place, steps = self.run, self.place, self.saved.steps()
+    if steps:
+      self._check_newest(steps[-1])
+      if steps[-1] == run.steps and processes.lead(place.summary.exists):
+        _LOG.info("%s: complete, nothing to do", place.path)
+        return place.read_summary()
+    state, frozen = run.start()
     reference = run.load_reference(state.params, frozen)
     state = run.with_reference(state, reference)
     answerer = run.answerer()
-    if answerer and not place.samples.exists():
-      policy = join(frozen, state.params)
-      place.write_jsonl(place.samples, sample_rows(answerer(policy)))
-      del policy
-    if start:
+    if answerer and not processes.lead(place.samples.exists):
+      self._answer_before(answerer, join(frozen, state.params))
+    start = 0
+    if steps:
       del state  # makes room for the one that is read
-      state, earlier = _continue(saved, start, run, log)
-      begun -= earlier
-    if config.reference.precompute and run.loss.needs_reference:
+      start, state = self._continue()
+    if run.config.reference.precompute and run.loss.needs_reference:
       run.precompute(reference)
-    with MetricsWriter(
-      place.path,
-      tensorboard=config.log.tensorboard,
-      wandb=config.log.wandb,
-      run_name=config.log.name,
-      config=config.to_dict(),
+    if processes.leads():
+      self.place.forget_skipped(start)
+    with self._writer(start) as self.log.writer:
+      self.evaluated = processes.lead(self._last_evaluated)
+      state = self._loop(state, frozen, reference, start)
+    self.saved.wait()
+    policy = join(frozen, state.params)
+    seconds = time.time() - self.begun
+    return finish(run, place, state, policy, reference, answerer, seconds)
+
+  def _loop(self, state, frozen, reference, start):
+    """Runs the steps from `start`. Step n is launched before the metrics of
+    step n - 1 are read, so the device never waits for the host."""
+    run, log, t = self.run, self.log, self.run.config.train
+    online = None if run.train_plan.reference is not None else reference
+    variables = frozen, reference
+    begins = start == 0 or _due(start, t.eval_every)
+    if begins and self._evaluate(start, state, *variables):
+      raise Stopped(f"stopped at step {start}; the same command continues")
+    unit = "pairs" if run.loss.kind == "paired" else "examples"
+    silent, previous = not processes.leads(), None
+    with (
+      Progress(
+        run.steps, start, batch_size=t.batch_size, unit=unit, silent=silent
+      ) as progress,
+      self.watchdog,
+      Trace(run.config.log.trace, self.place.path) as trace,
+      self.stop.between_steps(),
+    ):
+      for step, batch in _batches(run, start):
+        state, sums = trace.step(step, run.step, state, online, batch, frozen)
+        if previous:
+          log.add(progress, *previous)
+          self.watchdog.beat(previous[0])
+        previous = step, sums
+        self.saved.check()
+        last, stopping = step == run.steps, self.stop.requested()
+        due = last or _due(step, t.eval_every)
+        saves = last or stopping or _due(step, t.checkpoint_every)
+        saves |= due and bool(t.keep_best)
+        if due or saves:
+          log.add(progress, *previous)
+          self.watchdog.beat(step)
+          previous = None
+        if due and (last or not stopping):
+          stopping |= self._evaluate(step, state, *variables)
+        if saves or stopping:
+          self._save(step, state)
+        if stopping and not last:
+          self.saved.wait()
+          raise Stopped(f"stopped at step {step}; the same command continues")
+    return state
+
+  def _evaluate(self, step, state, frozen, reference) -> bool:
+    """Writes the row of a step, if it is not there; True if it was cut short
+    because the run is to stop, and is left to who continues it."""
+    run = self.run
+    if run.eval_plan is None or (self.evaluated or [None])[0] == step:
+      return False
+    with self.log.untimed(), self.watchdog.paused():
+      result = run.evaluator(
+        join(frozen, state.params),
+        reference if state.reference is None else state.reference,
+        run.eval_plan,
+        state.loss_state,
+        interrupted=self.stop.requested if step < run.steps else _never,
+      )
+    if result is None:
+      return True
+    self.log.writer.write(step, "eval", result.means)
+    self.evaluated = step, result.means
+    return False
+
+  def _save(self, step, state):
+    meta = self.run.identity() | {
+      "step": step,
+      "seconds": time.time() - self.begun,
+      "log": self.log.pending(),
+      "config": self.run.config.identity(),
+    }
+    value, (at, means) = None, self.evaluated or (None, {})
+    if (best := self.run.config.train.keep_best) and at == step:
+      value = _named(means, best.split()[1])
+    with self.log.untimed():
+      self.saved.save(step, state, meta, value)
+
+  def _continue(self):
+    """The newest state that is intact, and its step."""
+    step, meta, state = self.saved.newest(
+      self.run.abstract_state,
+      self._check_same_run,
+      strict=self.run.config.train.on_damaged_checkpoint == "stop",
+    )
+    self.log.restore(meta["log"])
+    self.begun -= meta["seconds"]
+    _LOG.info("continuing at step %d of %d", step, self.run.steps)
+    return step, state
+
+  def _check_newest(self, step: int) -> None:
+    """Refuses another run's checkpoint before anything large is loaded."""
+    with contextlib.suppress(DamagedError):  # `_continue` looks for another
+      self._check_same_run(read_meta(self.saved.directory, step))
+    if step > self.run.steps:
+      raise ConfigError(
+        f"{self.saved.directory}: step {step} is there, beyond the"
+        f" {self.run.steps} steps of this run; take another work directory"
+      )
+
+  def _check_same_run(self, meta: dict[str, Any]) -> None:
+    mine = self.run.identity() | {"config": self.run.config.identity()}
+    there, here = ({k: m.get(k) for k in mine} for m in (meta, mine))
+    there, here = (_flat(m, self.allow) for m in (there, here))
+    if other := differences(there, here):
+      raise CheckpointError(
+        f"{self.saved.directory}: step {meta['step']} was trained with another"
+        f" {other}; continue with what it had, allow it (--allow=NAME), or take"
+        " another work directory"
+      )
+
+  def _answer_before(self, answerer: Answerer, policy) -> None:
+    rows = sample_rows(answerer(policy))
+    if processes.leads():
+      self.place.write_jsonl(self.place.samples, rows)
+
+  def _last_evaluated(self):
+    rows = [r for r in read_metrics(self.place.metrics) if r["split"] == "eval"]
+    return (rows[-1]["step"], rows[-1]) if rows else None
+
+  def _writer(self, start: int) -> MetricsWriter | NoWriter:
+    if not processes.leads():
+      return NoWriter()
+    log = self.run.config.log
+    return MetricsWriter(
+      self.place.path,
+      tensorboard=log.tensorboard,
+      wandb=log.wandb,
+      run_name=log.name,
+      config=self.run.config.to_dict(),
       resume_step=start,
-    ) as writer:
-      log.writer = writer
-      state = _loop(run, state, frozen, reference, start, saved, log, begun)
-    saved.wait()
-  policy = join(frozen, state.params)
-  seconds = time.time() - begun
-  return finish(run, place, state, policy, reference, answerer, seconds)
-
-
-def _loop(run, state, frozen, reference, start, saved, log, begun):
-  """Runs the steps from `start`. Step n is launched before the metrics of step
-  n - 1 are read, so the device never waits for the host."""
-  t = run.config.train
-  online = None if run.train_plan.reference is not None else reference
-  evaluated = _last_evaluated(log.writer.path)
-  place, settings = log.writer.directory, run.config.log
-  watchdog = Watchdog(settings.watchdog, place, jax.process_index())
-
-  def evaluate(step):
-    nonlocal evaluated
-    if run.eval_plan is not None and evaluated != step:
-      with log.untimed(), watchdog.paused():
-        result = run.evaluator(
-          join(frozen, state.params),
-          reference if state.reference is None else state.reference,
-          run.eval_plan,
-          state.loss_state,
-        )
-      log.writer.write(step, "eval", result.means)
-      evaluated = step
-
-  def save(step):
-    meta = run.identity() | {
-      "step": step, "seconds": time.time() - begun, "log": log.pending()
-    }  # fmt: skip
-    with log.untimed():
-      saved.save(step, state, meta)
-
-  if start == 0 or _due(start, t.eval_every):
-    evaluate(start)
-  previous = None
-  unit = "pairs" if run.loss.kind == "paired" else "examples"
-  with (
-    StopSignal() as stop,
-    Progress(run.steps, start, batch_size=t.batch_size, unit=unit) as progress,
-    watchdog,
-    Trace(settings.trace, place) as trace,
-  ):
-    for step, batch in _batches(run, start):
-      state, sums = trace.step(step, run.step, state, online, batch, frozen)
-      if previous:
-        log.add(progress, *previous)
-        watchdog.beat(previous[0])
-      previous = step, sums
-      last, stopping = step == run.steps, stop.requested
-      due = last or _due(step, t.eval_every)
-      saves = last or stopping or _due(step, t.checkpoint_every)
-      if due or saves:
-        log.add(progress, *previous)
-        watchdog.beat(step)
-        previous = None
-      if due:
-        evaluate(step)
-      if saves:
-        save(step)
-      if stopping and not last:
-        saved.wait()
-        raise Stopped(f"stopped at step {step}; the same command continues")
-  return state
+    )
 
 
 def _batches(run: Run, start: int) -> Iterator[tuple[int, Any]]:
@@ -159,24 +257,35 @@ def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _last_evaluated(path) -> int | None:
-  rows = [r["step"] for r in read_metrics(path) if r["split"] == "eval"]
-  return rows[-1] if rows else None
+def _never() -> bool:
+  return False
 
 
-def _check_same_run(saved: Checkpoints, step: int, run: Run) -> None:
-  meta = saved.meta(step)
-  for key, value in run.identity().items():
-    if meta.get(key) != value:
-      raise CheckpointError(
-        f"{saved.directory}: step {step} was trained with another {key}"
-        f" ({str(meta.get(key))[-40:]}, now {str(value)[-40:]}); continue with"
-        " what it had, or take another work directory"
-      )
+def _named(means: dict[str, float], metric: str) -> float:
+  if metric not in means:
+    raise ConfigError(
+      f"config.train.keep_best: evaluation has no metric {metric!r}; it has"
+      f" {', '.join(means)}"
+    )
+  return means[metric]
 
 
-def _continue(saved: Checkpoints, step: int, run: Run, log: StepLog):
-  meta = saved.meta(step)
-  log.restore(meta["log"])
-  _LOG.info("continuing at step %d of %d", step, run.steps)
-  return saved.restore(step, run.abstract_state), meta["seconds"]
+def _flat(meta: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+  """What decides the numbers of a run, less what may differ. An allowed
+  "loss.beta" allows another `loss`, of which it is a part."""
+  sections = {name.partition(".")[0] for name in allow}
+  run = {
+    key: value
+    for key, value in meta.items()
+    if key != "config" and not sections & {key, *_SET_BY.get(key, ())}
+  }
+  return run | without(meta["config"] or {}, allow)
+
+
+# Sections of the config that decide parts of a run's identity.
+_SET_BY = {
+  "reference": ("model",),
+  "frozen": ("model",),
+  "adapters": ("lora",),
+  "dropout": ("lora",),
+}

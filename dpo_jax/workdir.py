@@ -1,12 +1,17 @@
 """The directory of a run: what lies in it, and whose it is."""
 
+import contextlib
 import json
 import os
 import pathlib
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax.config import Config, differences
+from dpo_jax import processes
+from dpo_jax.config import Config, differences, without
 from dpo_jax.errors import ConfigError
+from dpo_jax.lock import Lock
 
 
 class Workdir:
@@ -14,6 +19,7 @@ class Workdir:
 
   config.json     every setting
   metrics.jsonl   one row per logged step and per evaluation
+  skipped.jsonl   steps whose update was not finite, and their rows of the data
   checkpoints/    orbax; what a stopped run continues from
   samples.jsonl   answers before and after
   summary.json    what came out, with counts of dropped data
@@ -28,22 +34,28 @@ class Workdir:
     self.checkpoints = self.path / "checkpoints"
     self.metrics = self.path / "metrics.jsonl"
     self.samples = self.path / "samples.jsonl"
+    self.skipped = self.path / "skipped.jsonl"
     self.summary = self.path / "summary.json"
     self.model = self.path / "model"
     self.adapter = self.path / "adapter"
 
-  def check(self, config: Config) -> None:
+  def check(self, config: Config, allow: Sequence[str] = ()) -> None:
     """Refuses what cannot become this run's directory; writes nothing.
+
+    Args:
+      config: of the run.
+      allow: settings, or whole sections, in which what is there may differ.
 
     Raises:
       ConfigError: it cannot be written, or holds another run.
     """
     if self.config.exists():
-      other = self._differences(config)
+      other = self._differences(config, allow)
       if other and self._begun():
         raise ConfigError(
           f"work directory {self.path} holds another run ({other}); take"
-          " another directory, or the same settings to continue"
+          " another directory, or the same settings to continue (--allow=NAME"
+          " lets a setting change)"
         )
     there = next(p for p in (self.path, *self.path.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -51,25 +63,51 @@ class Workdir:
         f"work directory {self.path}: {there} is not a writable directory"
       )
 
-  def claim(self, config: Config) -> None:
-    """Makes the directory this run's. What an attempt with other settings
-    left that never came to a checkpoint is removed.
+  @contextlib.contextmanager
+  def claimed(
+    self, config: Config, allow: Sequence[str] = ()
+  ) -> Iterator[None]:
+    """Makes the directory this run's, and this run the only one in it. What
+    an attempt with other settings left that never came to a checkpoint is
+    removed. All processes of the run enter.
 
     Raises:
-      ConfigError: it cannot be written, or holds another run.
+      ConfigError: it cannot be written, holds another run, a run is going on
+        in it, or another process of this one does not see it.
     """
-    self.check(config)
+    lock = Lock(self.path)
+
+    def claim():
+      self.check(config, allow)
+      try:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        self._begin(config, allow)
+      except OSError as e:
+        raise ConfigError(
+          f"work directory {self.path}: {e.strerror or e}"
+        ) from e
+
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      if self.config.exists() and self._differences(config):
-        for file in (self.samples, self.metrics):
-          file.unlink(missing_ok=True)
-      self.write_json(
-        self.config,
-        {"config": config.to_dict(), "identity": config.identity()},
-      )
-    except OSError as e:
-      raise ConfigError(f"work directory {self.path}: {e.strerror or e}") from e
+      processes.lead(claim)
+      if not processes.all_agree(_appears(lock.path)):
+        raise ConfigError(
+          f"work directory {self.path}: not all processes of the run see it;"
+          " it should lie on a file system that all hosts share"
+        )
+      yield
+    finally:
+      lock.release()
+
+  def _begin(self, config: Config, allow: Sequence[str]) -> None:
+    self.check(config, allow)  # it may have become another's in between
+    if self.config.exists() and self._differences(config, allow):
+      for file in (self.samples, self.metrics, self.skipped):
+        file.unlink(missing_ok=True)
+    self.write_json(
+      self.config,
+      {"config": config.to_dict(), "identity": config.identity()},
+    )
 
   def write_json(self, path: pathlib.Path, value: Any) -> None:
     self.write_text(path, json.dumps(value, indent=2, default=str) + "\n")
@@ -83,6 +121,12 @@ class Workdir:
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
+  def forget_skipped(self, step: int) -> None:
+    """Leaves out of skipped.jsonl what comes after a step, to come again."""
+    if self.skipped.exists():
+      rows = map(json.loads, self.skipped.read_text().splitlines())
+      self.write_jsonl(self.skipped, [r for r in rows if r["step"] <= step])
+
   def read_samples(self) -> list[dict] | None:
     """Rows of samples.jsonl, or None."""
     if not self.samples.exists():
@@ -90,14 +134,16 @@ class Workdir:
     lines = self.samples.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
-  def _differences(self, config: Config) -> str:
+  def _differences(self, config: Config, allow: Sequence[str]) -> str:
     saved = self._read(self.config)
     if not isinstance(saved, dict) or "identity" not in saved:
       raise ConfigError(
         f"work directory {self.path} holds a config.json that is not of a"
         " run; take another directory"
       )
-    return differences(saved["identity"], config.identity())
+    return differences(
+      without(saved["identity"], allow), without(config.identity(), allow)
+    )
 
   def _begun(self) -> bool:
     """Whether there is anything to continue or to lose."""
@@ -111,3 +157,13 @@ class Workdir:
       return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
       raise ConfigError(f"{path}: cannot be read: {e}") from e
+
+
+def _appears(path: pathlib.Path, seconds: float = 10.0) -> bool:
+  """Whether a file is there, or soon is: shared file systems may lag."""
+  ends = time.monotonic() + seconds
+  while not path.exists():
+    if time.monotonic() > ends:
+      return False
+    time.sleep(0.1)
+  return True

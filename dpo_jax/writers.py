@@ -141,6 +141,19 @@ class MetricsWriter:
     )
 
 
+class NoWriter:
+  """For the processes of a run that do not write."""
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Writes nothing."""
+
+  def __enter__(self) -> "NoWriter":
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    pass
+
+
 def _lines(path: Path) -> list[bytes]:
   try:
     return [line for line in path.read_bytes().split(b"\n") if line.strip()]

@@ -35,7 +35,7 @@ def main() -> None:
   from dpo_jax.config import from_dict
   from dpo_jax.data.corpus import write_corpus
   from dpo_jax.main import guard
-  from dpo_jax.train import Stopped, train
+  from dpo_jax.train import train
 
   workdir = pathlib.Path(args.workdir)
 
@@ -48,17 +48,13 @@ def main() -> None:
   with guard():
     write_corpus(workdir / "data")
     names = args.losses.split(",") if args.losses else losses_to_compare()
-    try:
-      sft = quickstart.get_config(f"stage=sft,root={workdir}")
-      sft.sample.prompts = 0
-      run("sft", sft)
-      models = {}
-      for name in names:
-        config = compare_losses.get_config(f"loss={name},root={workdir}")
-        models[name] = run(f"loss {name}", config)
-    except Stopped as stopped:
-      print(stopped)
-      return
+    sft = quickstart.get_config(f"stage=sft,root={workdir}")
+    sft.sample.prompts = 0
+    run("sft", sft)
+    models = {}
+    for name in names:
+      config = compare_losses.get_config(f"loss={name},root={workdir}")
+      models[name] = run(f"loss {name}", config)
     judged = quickstart.get_config(f"root={workdir}")
     rows = compare(from_dict(judged.to_dict()), models)
   rows[1:] = sorted(rows[1:], key=lambda row: -row.reward)

@@ -29,7 +29,7 @@ def main() -> None:
   from dpo_jax.config import from_dict
   from dpo_jax.data.corpus import write_corpus
   from dpo_jax.main import guard
-  from dpo_jax.train import Stopped, train
+  from dpo_jax.train import train
 
   workdir = pathlib.Path(args.workdir)
   with guard():
@@ -40,11 +40,7 @@ def main() -> None:
       config = quickstart.get_config(f"stage={stage},root={workdir}")
       if args.steps:
         config.train.steps = args.steps
-      try:
-        summary = train(from_dict(config.to_dict()), workdir / stage)
-      except Stopped as stopped:
-        print(stopped)
-        return
+      summary = train(from_dict(config.to_dict()), workdir / stage)
   _report(workdir, summary, time.time() - begun)
 
 

@@ -14,12 +14,15 @@ _PRINT = flags.DEFINE_bool("print_config", False, "Print all settings and end.")
 _DRY = flags.DEFINE_bool(
   "dry_run", False, "Print shapes, memory and row 0, take no step, and end."
 )
+_ALLOW = flags.DEFINE_list(
+  "allow", [], "Settings that may differ from those the run began with."
+)
 
 
 def _main(config):
-  from dpo_jax import dry_run
+  from dpo_jax import dry_run, processes
   from dpo_jax.errors import ConfigError
-  from dpo_jax.train import Stopped, train
+  from dpo_jax.train import train
 
   if _PRINT.value:
     print(dry_run.render_config(config))
@@ -28,13 +31,10 @@ def _main(config):
   elif not _WORKDIR.value:
     raise ConfigError("name a directory for the run, e.g. --workdir=runs/dpo")
   else:
-    try:
-      summary = train(config, _WORKDIR.value)
-    except Stopped as stopped:
-      print(stopped)
-    else:
+    summary = train(config, _WORKDIR.value, _ALLOW.value)
+    if processes.leads():
       print(dry_run.render_summary(summary))
 
 
 if __name__ == "__main__":
-  main.run(_main)
+  main.run(_main, many=True)

@@ -168,7 +168,7 @@ HARMLESS = {
   "train": {
     "microbatches": 2, "eval_every": 7, "eval_batch_size": 3, "log_every": 3,
     "checkpoint_every": 9, "keep_checkpoints": 9, "max_skipped": 3,
-    "export": False,
+    "export": False, "keep_best": "min loss", "on_damaged_checkpoint": "stop",
   },
   "sample": {"batch_size": 9},
 }  # fmt: skip

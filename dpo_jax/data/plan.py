@@ -8,6 +8,7 @@ and any number of hosts computes the same plan.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ _SAMPLE = 32  # steps looked at to choose the shape of a row
 
 
 class Planned(NamedTuple):
-  batch: Batch  # numpy arrays
+  batch: Batch  # numpy arrays; of many processes' rows, this one's
   ids: np.ndarray  # i64[B M], index into the examples, -1 for an empty place
 
 
@@ -56,6 +57,7 @@ class Plan:
     row_counts: int = 4,
     reference: Scores | None = None,
     mismatch: bool = True,
+    local_rows: Callable[[int], np.ndarray] | None = None,
   ):
     """Plans all steps; cost is that of packing lengths, no token is read.
 
@@ -74,6 +76,8 @@ class Plan:
       reference: f32[N K] each, to hand out with the batches.
       mismatch: join each example of kind "unpaired" by the completion of the
         example before it in the batch, for a loss that reads that.
+      local_rows: of the number of rows of a batch, bool[B], those that this
+        process is to fill; the others stay empty. None fills all.
 
     Raises:
       ConfigError: a row too short for the longest example, or fewer than two
@@ -84,6 +88,7 @@ class Plan:
     self.seed = seed
     self.shuffle = shuffle
     self.reference = reference
+    self._local_rows = local_rows
     self._mismatched = mismatch and examples.kind == "unpaired"
     if self._mismatched and min(batch_size, len(examples)) < 2:
       raise ConfigError(
@@ -110,10 +115,12 @@ class Plan:
     batch = empty_batch(int(self._row_count[step]), shape)
     ids = np.full(batch.weights.shape, -1, np.int64)
     others = self._others(members) if self._mismatched else members
+    local = self._local_rows and self._local_rows(len(ids))
     for row, places in enumerate(self._rows(step)):
-      examples = (self._example(members[i], others[i]) for i in places)
-      fill_row(batch, row, examples)
       ids[row, : len(places)] = members[places]
+      if local is None or local[row]:
+        examples = (self._example(members[i], others[i]) for i in places)
+        fill_row(batch, row, examples)
     if self.reference is not None:
       batch = batch._replace(reference=self._known(ids))
     return Planned(batch, ids)
