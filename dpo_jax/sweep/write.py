@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 
 from dpo_jax.sweep.options import Sweep
+from dpo_jax.sweep.page import render_page
 from dpo_jax.sweep.table import Row, to_csv, to_markdown
 
 
 def write_tables(sweep: Sweep, rows: Sequence[Row]) -> None:
-  """Writes table.csv and table.md into the directory of the sweep."""
+  """Writes table.csv, table.md and sweep.html, each whole or not at all."""
   sweep.root.mkdir(parents=True, exist_ok=True)
-  for name, text in (
+  for name, content in (
     ("table.csv", to_csv(rows)),
     ("table.md", to_markdown(rows)),
+    ("sweep.html", render_page(sweep, rows)),
   ):
     part = sweep.root / f"{name}.part"
-    part.write_text(text, encoding="utf-8")
+    # Lone surrogates, which JSON can carry and UTF-8 cannot, become "?".
+    part.write_text(content, encoding="utf-8", errors="replace")
     part.replace(sweep.root / name)
