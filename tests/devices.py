@@ -17,7 +17,7 @@ def run_on_eight(file: str, *args: str) -> str:
     | {
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
       "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(ROOT),
+      "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     },
     capture_output=True,
     text=True,
