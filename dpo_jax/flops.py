@@ -155,6 +155,7 @@ _PEAKS = {
   "TPU v5 lite": Peak(197, 197),
   "TPU v5e": Peak(197, 197),
   "TPU v5": Peak(459, 459),
+  "TPU v5p": Peak(459, 459),
   "TPU v6 lite": Peak(918, 918),
   "TPU v6e": Peak(918, 918),
   "TPU7x": Peak(1153.5, 1153.5),
