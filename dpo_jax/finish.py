@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import processes, trainable
+from dpo_jax import metrics, processes, trainable
 from dpo_jax.answers import Answerer
 from dpo_jax.config import flatten
 from dpo_jax.models import hf, lora, peft
@@ -97,7 +97,6 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
   train = [r for r in rows if r["split"] == "train"]
   reports = run.data.reports
   plan = run.train_plan
-  speeds = [r["pairs_per_second"] for r in train if "pairs_per_second" in r]
   return {
     "method": run.loss.name,
     "loss": dict(run.loss.options),
@@ -112,9 +111,7 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
     "row_tokens": plan.shape.tokens,
     "fill": plan.fill(),
     "wall_seconds": seconds,
-    "throughput": {"pairs_per_second": float(np.median(speeds))}
-    if speeds
-    else None,
+    "throughput": metrics.speed(train),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "versions": {
       "python": sys.version.split()[0],

@@ -2,11 +2,24 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax.losses import Sums
+
+# Columns of train rows that depend on the clock and the machine. All others
+# are functions of config and data: a resumed run repeats them.
+CLOCKED = frozenset(
+  {
+    "pairs_per_second",  # since the row before, compiling and pauses left out
+    "tokens_per_second",  # real ones, no padding; likewise
+    "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
+    "goodput",  # seconds of steps that were applied, over all since the start
+    "peak_memory_bytes",  # of this host's fullest device, since its start
+  }
+)
 
 
 def means(sums: Mapping[str, Sums]) -> dict[str, float]:
@@ -42,6 +55,21 @@ def add(parts: Iterable[Mapping[str, Sums]]) -> dict[str, Sums]:
         old.total + np.float64(s.total), old.count + np.float64(s.count)
       )
   return total
+
+
+def speed(rows: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+  """Medians of the speeds of train rows, their last goodput and their highest
+  memory; None where none has any."""
+  columns: dict[str, list[float]] = {}
+  for row in rows:
+    for name in CLOCKED & row.keys():
+      columns.setdefault(name, []).append(row[name])
+  of = {"goodput": lambda x: x[-1], "peak_memory_bytes": max}
+  found = {
+    name: float(of.get(name, np.median)(columns[name]))
+    for name in sorted(columns)
+  }
+  return found or None
 
 
 def accuracy_interval(accuracy: float, n: int) -> tuple[float, float]:

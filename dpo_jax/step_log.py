@@ -19,21 +19,10 @@ from dpo_jax.writers import MetricsWriter
 
 _LOG = logging.getLogger("dpo_jax")
 
-# Columns of train rows that depend on the clock and the machine. All others
-# are functions of config and data: a resumed run repeats them.
-CLOCKED = frozenset(
-  {
-    "pairs_per_second",  # since the row before, compiling and pauses left out
-    "tokens_per_second",  # real ones, no padding; likewise
-    "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
-    "goodput",  # seconds of steps that were applied, over all since the start
-    "peak_memory_bytes",  # of this host's fullest device, since its start
-  }
-)
-
 
 class StepLog:
-  """Means over the steps between two rows of metrics.jsonl.
+  """Means over the steps between two rows of metrics.jsonl, with the columns
+  of `metrics.CLOCKED`.
 
   `goodput` counts from the first start of the run, so what stops, restarts,
   lost steps, compiling, evaluation and saving take lowers it. A first step of

@@ -11,8 +11,8 @@ from dpo_jax import train as train_module
 from dpo_jax.build import build
 from dpo_jax.config import from_dict
 from dpo_jax.config_file import defaults
+from dpo_jax.metrics import CLOCKED
 from dpo_jax.models import hf
-from dpo_jax.step_log import CLOCKED
 from dpo_jax.weights import load_variables
 from dpo_jax.writers import read_metrics
 

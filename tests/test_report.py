@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dpo_jax.errors import DataError
+from dpo_jax.metrics import CLOCKED
 from dpo_jax.report import write_report
 from dpo_jax.report.page import MAX_SAMPLES
 from dpo_jax.report.reasons import REASONS
@@ -312,6 +313,31 @@ def test_null_fields_are_left_out(tmp_path):
   keys += ("kl_to_reference", "throughput", "versions", "skipped_steps")
   text = page(tmp_path, dict.fromkeys(keys)).text
   assert "None" not in text
+
+
+def test_the_machine_is_told_of_in_a_table_and_not_in_charts(tmp_path):
+  clocked = dict.fromkeys(CLOCKED, 0.5)
+  with MetricsWriter(tmp_path) as writer:
+    for step in (2, 4):
+      writer.write(step, "train", {"loss": 1.0} | clocked)
+  text = page(tmp_path).text
+  assert "Throughput" in text
+  assert "Other metrics" not in text
+  for name in CLOCKED:
+    assert name not in text
+  throughput = {
+    "pairs_per_second": 12.3456,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.4123,
+    "goodput": 0.981,
+    "peak_memory_bytes": 3 * 2**29,
+  }
+  assert throughput.keys() == CLOCKED
+  text = page(tmp_path, {"throughput": throughput}).text
+  for value in ("12.35", "12,346", "41.2%", "98.1%", "1.50 GiB"):
+    assert value in text, value
+  for name in CLOCKED:
+    assert name not in text
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

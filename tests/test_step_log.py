@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import losses, step_log
+from dpo_jax import losses, metrics, step_log
 from dpo_jax.config import Config, Log, Train
 from dpo_jax.errors import UserError
-from dpo_jax.step_log import CLOCKED, StepLog
+from dpo_jax.metrics import CLOCKED
+from dpo_jax.step_log import StepLog
 
 STEPS, TOKENS, FLOPS = 8, 50, 6e12
 
@@ -169,3 +170,16 @@ def test_rows_are_due_every_so_often_and_at_the_end(clock):
   last._run.steps = 3
   walk(last, clock, [1, 2, 3])
   assert [row["step"] for row in last.writer] == [2, 3]
+
+
+def test_a_summary_has_medians_the_last_goodput_and_the_highest_memory():
+  rows = [
+    {"step": step, "mfu": mfu, "goodput": step / 10, "peak_memory_bytes": 9 - i}
+    for i, (step, mfu) in enumerate([(1, 0.1), (2, 0.5), (3, 0.3)])
+  ]
+  assert metrics.speed([{"loss": 1.0}, *rows]) == {
+    "mfu": 0.3,
+    "goodput": 0.3,
+    "peak_memory_bytes": 9.0,
+  }
+  assert metrics.speed([{"loss": 1.0}]) is None

@@ -58,6 +58,8 @@ _SMALL = (
   Plot("NLL of the chosen response", "nats", ("nll_loss",)),
   Plot("Throughput", "examples per second", ("pairs_per_second",)),
 )
+# In the table of the run, whose machine they tell of, and in no chart.
+_TABLED = {"tokens_per_second", "mfu", "goodput", "peak_memory_bytes"}
 
 
 def curves_of(rows: Iterable[Mapping[str, Any]]) -> Curves:
@@ -85,7 +87,7 @@ def charts(curves: Curves, method: str) -> str:
     ("small", (360, 200), _SMALL),
   )
   seen = {key for *_, plots in groups for plot in plots for key in plot.keys}
-  others = sorted({key for _, key in curves} - seen)
+  others = sorted({key for _, key in curves} - seen - _TABLED)
   more = _grid(curves, "small", (360, 200), [Plot(k, "", (k,)) for k in others])
   return (
     '<h2>Curves</h2><p class="sub">Strong lines are training, smoothed where'

@@ -22,6 +22,14 @@ from dpo_jax.writers import FILE_NAME, read_metrics
 
 MAX_SAMPLES = 20
 
+# Name, format and unit of what a summary says of the machine.
+_SPEED = {
+  "pairs_per_second": ("Examples a second", "{:,.4g}", 1),
+  "tokens_per_second": ("Tokens a second, without padding", "{:,.0f}", 1),
+  "mfu": ("Of the devices' peak FLOP/s (MFU)", "{:.1%}", 1),
+  "goodput": ("Of the time since its start in steps", "{:.1%}", 1),
+  "peak_memory_bytes": ("Memory of the fullest device", "{:.2f} GiB", 2**-30),
+}
 _PAGE = Template("""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -153,7 +161,12 @@ def _run(summary: Mapping[str, Any]) -> str:
   if "row_tokens" in summary and "fill" in summary:
     fill = f"{summary['fill']:.1%} filled, the rest is padding"
     rows.append(("Rows", f"{summary['row_tokens']:,} tokens each, {fill}"))
-  rows += summary.get("throughput", {}).items()
+  rows += [
+    (_SPEED[key][0], _SPEED[key][1].format(value * _SPEED[key][2]))
+    if key in _SPEED and is_number(value)
+    else (key, value)
+    for key, value in summary.get("throughput", {}).items()
+  ]
   out = [f"<h2>Run</h2>{div('card', table(rows))}"] if rows else []
   for key in ("config", "versions"):
     if key in summary:
