@@ -25,8 +25,9 @@ class StepLog:
   of `metrics.CLOCKED`.
 
   `goodput` counts from the first start of the run, so what stops, restarts,
-  lost steps, compiling, evaluation and saving take lowers it. A first step of
-  a process compiles, and counts for nothing.
+  lost steps, compiling, evaluation and saving take lowers it. The first step
+  of each number of rows compiles: neither it nor the one before, while which it
+  is launched, is timed.
   """
 
   def __init__(
@@ -51,6 +52,7 @@ class StepLog:
     )
     self._useful = 0.0  # seconds of applied steps since `started`
     self._mark: float | None = None  # when the step before was done
+    self._first: dict[int, int] = {}  # step of each number of rows, in here
     self._sums: dict[str, losses.Sums] = {}
     self._timed = _Timed()
     self._skipped_in_a_row = 0
@@ -68,7 +70,7 @@ class StepLog:
     self._check_finite(step, skipped)
     self._sums = metrics.add([self._sums, sums])
     now = time.perf_counter()
-    if self._mark is not None:
+    if not self._compiled(step) and self._mark is not None:
       self._timed.add(self._run, step, now - self._mark)
       self._useful += 0 if skipped else now - self._mark
     self._mark = now
@@ -103,6 +105,15 @@ class StepLog:
       k: losses.Sums(*map(np.array, v)) for k, v in pending["sums"].items()
     }
     self._started, self._useful = pending["started"], pending["useful"]
+
+  def _compiled(self, step: int) -> bool:
+    """Whether this step or the next, launched before this one is read, may be
+    the first of its shape."""
+    return any(
+      self._first.setdefault(self._run.train_plan.rows(s - 1), s) == s
+      for s in (step, step + 1)
+      if s <= self._run.steps
+    )
 
   def _clocked(self) -> dict[str, float]:
     t, columns = self._timed, {}

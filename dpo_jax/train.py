@@ -127,7 +127,7 @@ class _Training:
         run.steps, start, batch_size=t.batch_size, unit=unit, silent=silent
       ) as progress,
       self.watchdog,
-      Trace(run.config.log.trace, self.place.path) as trace,
+      Trace(run.config.log.trace, self.place.path, log.untimed) as trace,
       self.stop.between_steps(),
     ):
       for step, batch in _batches(run, start):

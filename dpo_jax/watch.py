@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -123,16 +124,23 @@ class Trace:
   A profiler that fails is a warning; no run ends for it.
   """
 
-  def __init__(self, spec: str, directory: str | os.PathLike):
+  def __init__(
+    self,
+    spec: str,
+    directory: str | os.PathLike,
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+  ):
     """Args:
     spec: steps, see `parse_steps`.
     directory: the trace is written to `trace` in it.
+    around: entered while a trace is begun or written, which takes seconds.
 
     Raises:
       ConfigError: `spec` names no steps.
     """
     self.path = pathlib.Path(directory) / "trace"
     self._spec, self._steps = spec, parse_steps(spec)
+    self._around = around
     self._tried = self._runs = False
 
   def step(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -142,7 +150,8 @@ class Trace:
     if first <= number <= last and not self._tried:
       self._tried = True
       jax.block_until_ready(args)
-      self._runs = _try(jax.profiler.start_trace, self.path)
+      with self._around():
+        self._runs = _try(jax.profiler.start_trace, self.path)
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
       out = function(*args)
     if self._runs and number >= last:
@@ -152,7 +161,9 @@ class Trace:
 
   def _stop(self) -> None:
     self._runs = False
-    if _try(jax.profiler.stop_trace):
+    with self._around():
+      written = _try(jax.profiler.stop_trace)
+    if written:
       _LOG.info("trace of step %s: %s", self._spec, self.path)
 
   def __enter__(self) -> "Trace":

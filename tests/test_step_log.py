@@ -38,7 +38,7 @@ def clock(monkeypatch):
   return Clock(monkeypatch)
 
 
-def make_log(peak_tflops=4.0, started=None, **train):
+def make_log(peak_tflops=4.0, started=None, rows=(1,) * STEPS, **train):
   config = Config(
     train=Train(batch_size=4, log_every=2, **train),
     log=Log(peak_tflops=peak_tflops),
@@ -47,7 +47,9 @@ def make_log(peak_tflops=4.0, started=None, **train):
     config=config,
     steps=STEPS,
     schedule=lambda step: 0.5 * step,
-    train_plan=SimpleNamespace(tokens=lambda step: TOKENS + step),
+    train_plan=SimpleNamespace(
+      tokens=lambda step: TOKENS + step, rows=lambda step: rows[step]
+    ),
     ideal_flops=lambda step: FLOPS,
     built=SimpleNamespace(mesh=SimpleNamespace(size=3)),
   )
@@ -86,6 +88,20 @@ def test_speed_leaves_the_first_step_out(clock):
   assert second["tokens_per_second"] == (2 * TOKENS + 2 + 3) / 4
   # 3 devices of 4 TFLOP/s, of which a step uses 6 TFLOP in 2 s.
   assert second["mfu"] == pytest.approx(6 / 2 / (3 * 4))
+
+
+def test_a_new_number_of_rows_compiles_and_is_not_timed(clock):
+  log = make_log(rows=[1, 1, 1, 2, 1, 2, 1, 3])
+  walk(log, clock, [1, 2])
+  clock.now += 60  # step 4 is launched before the metrics of step 3 are read
+  walk(log, clock, [3, 4])
+  walk(log, clock, [5, 6])
+  clock.now += 60
+  walk(log, clock, [7])
+  clock.now += 60  # or, where the step before was read at once, after it
+  walk(log, clock, [8])
+  speeds = [row.get("pairs_per_second") for row in log.writer]
+  assert speeds == [2.0, None, 2.0, None]
 
 
 def test_one_step_that_only_compiled_has_no_speed(clock):

@@ -175,6 +175,21 @@ def test_a_trace_holds_the_steps_it_was_asked_for(
   assert profiler.calls == [start if c == "start" else c for c in expected]
 
 
+def test_steps_are_told_of_the_time_that_a_trace_takes(tmp_path, monkeypatch):
+  calls = Profiler(monkeypatch).calls
+
+  @contextlib.contextmanager
+  def around():
+    calls.append("(")
+    yield
+    calls.append(")")
+
+  with Trace("2", tmp_path, around) as trace:
+    walk(trace, calls, [1, 2, 3])
+  start = str(tmp_path / "trace")
+  assert calls == [1, "(", start, ")", 2, "(", "stop", ")", 3]
+
+
 def test_an_error_within_the_steps_stops_the_trace(tmp_path, monkeypatch):
   profiler = Profiler(monkeypatch)
   with contextlib.suppress(KeyError), Trace("1-9", tmp_path) as trace:

@@ -137,6 +137,11 @@ class Plan:
       [_permutation(self.seed, e, n)[i] for e, i in zip(*epochs, strict=True)]
     )
 
+  def rows(self, step: int) -> int:
+    """Rows of a step's batch, its shape but for what all batches share; for all
+    hosts together."""
+    return int(self._row_count[step])
+
   def lengths(self, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a step's prompts, i32[n], and of their responses, i32[n K],
     mismatched ones included; for all hosts together."""
