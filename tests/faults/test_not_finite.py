@@ -57,7 +57,7 @@ def saved_states(config, workdir):
   abstract = Run(config).abstract_state
   with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     found = {}
-    for step in range(1, saved.latest_step() + 1):
+    for step in saved.steps():
       state = saved.restore(step, abstract)
       leaves = jax.tree.leaves(state._replace(step=0, skipped=0))
       found[step] = hashlib.sha256(
@@ -72,6 +72,12 @@ def skipped(workdir):
   return [r["step"] for r in rows if r["split"] == "train" and r["skipped"]]
 
 
+def named(workdir):
+  """Step -> rows of the data, of those that were skipped."""
+  lines = (workdir / "skipped.jsonl").read_text().splitlines()
+  return {row["step"]: row["rows"] for row in map(json.loads, lines)}
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_poisoned_pair_costs_its_batches_and_nothing_else(
   corpus, tmp_path, monkeypatch, bad
@@ -83,6 +89,9 @@ def test_a_poisoned_pair_costs_its_batches_and_nothing_else(
   assert len(hit) == 3  # batches of half of the data
   summary = train(config, tmp_path / "run")
   assert skipped(tmp_path / "run") == hit
+  assert named(tmp_path / "run") == {
+    step: plan.members(step - 1).tolist() for step in hit
+  }
   assert summary["skipped_steps"] == 3 and summary["steps"] == 6
   states = saved_states(config, tmp_path / "run")
   for step in range(2, 7):
@@ -99,6 +108,7 @@ def test_when_every_batch_is_poisoned_the_run_ends_with_the_state_it_had(
   with pytest.raises(UserError, match="3 steps in a row, up to step 3,"):
     train(config, tmp_path / "run")
   assert len(set(saved_states(config, tmp_path / "run").values())) == 1
+  assert list(named(tmp_path / "run")) == [1, 2, 3]
   # What was saved is what the run began with: trained on, it is as good as new.
   monkeypatch.undo()
   summary = train(config, tmp_path / "run")
