@@ -36,10 +36,11 @@ _TRAIN = pathlib.Path(__file__).resolve().with_name("train.py")
 def _main(config):
   del config  # each run has its own
   from dpo_jax.errors import ConfigError
+  from dpo_jax.processes import STOPPED
   from dpo_jax.sweep.local import run_local
   from dpo_jax.sweep.options import LocalOptions, shell
   from dpo_jax.sweep.setup import read_sweep
-  from dpo_jax.sweep.status import STOPPED, State
+  from dpo_jax.sweep.status import State
   from dpo_jax.sweep.table import rows_of, to_markdown
   from dpo_jax.sweep.write import write_tables
 

@@ -44,8 +44,8 @@ CASES = {
     "--set=at_once=2", "--set=directory=/home/me/dpo jax",
   ),
   "slurm_run": (
-    "slurm", "--set=directory=/work", "--set=nodes=2", "--set=processes=8",
-    "--set=gpus=8", "--set=memory=0", "--set=account=lab", "--set=qos=low",
+    "slurm", "--set=directory=/work", "--set=nodes=2", "--set=gpus=8",
+    "--set=memory=0", "--set=account=lab", "--set=qos=low",
     "--config.loss.beta=0.3", "--python=.venv/bin/python",
   ),
   "gke_sweep": (

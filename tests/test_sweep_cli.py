@@ -81,7 +81,8 @@ def test_a_dry_run_prints_the_command_of_each_run_and_makes_nothing(
   name = first.removeprefix("# ").partition(":")[0]
   place = tmp_path / "s"
   assert command == (
-    f"JAX_COMPILATION_CACHE_DIR={place}/cache/programs CUDA_VISIBLE_DEVICES=2"
+    f"DPO_JAX_PROCESSES=1 JAX_COMPILATION_CACHE_DIR={place}/cache/programs"
+    " CUDA_VISIBLE_DEVICES=2"
     f" {sys.executable} scripts/train.py --config={config}:steps=5"
     f" --config.optim.learning_rate=0.01 --config.data.cache_dir={place}/cache"
     f" --config.loss.beta=0.1 --workdir={place}/runs/{name}"
@@ -106,7 +107,7 @@ def test_a_sweep_trains_its_runs_and_ends_with_one_table(config, tmp_path):
     )
     assert saved["config"]["loss"]["beta"] == float(row["loss.beta"])
     log = (place / "runs" / row["run"] / "log.txt").read_text()
-    assert log.startswith("$ JAX_COMPILATION_CACHE_DIR=")
+    assert log.startswith("$ DPO_JAX_PROCESSES=1 JAX_COMPILATION_CACHE_DIR=")
   assert out == run(*common, "--table")
 
 

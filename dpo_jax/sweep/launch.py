@@ -51,7 +51,7 @@ TARGETS = {
       "grace": 120,  # seconds before its end to save in
       "at_once": 0,  # most runs at a time; 0: as many as there is room for
       "nodes": 1,  # of a run
-      "processes": 1,  # a node; as many as GPUs, JAX gives each one
+      "processes": 0,  # a node; 0: one a GPU, as JAX takes it there
       "gpus": 1,  # a node
       "cpus": 8,  # a process
       "memory": "",

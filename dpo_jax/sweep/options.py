@@ -66,7 +66,8 @@ class LocalOptions(NamedTuple):
 
   def environment(self, slot: int, root: pathlib.Path) -> dict[str, str]:
     """Variables of the run in a slot, beside those of the sweep itself."""
-    added = {}
+    # A run is one process here, also where the sweep is a task of a cluster.
+    added = {"DPO_JAX_PROCESSES": "1"}
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       added["JAX_COMPILATION_CACHE_DIR"] = str(root / "cache" / "programs")
     if self.gpus:

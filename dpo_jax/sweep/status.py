@@ -8,12 +8,12 @@ import socket
 import time
 from typing import Any
 
+from dpo_jax.processes import STOPPED
 from dpo_jax.sweep.claims import is_claimed
 from dpo_jax.workdir import Workdir
 
-# Exit statuses of a run. It saved its checkpoint because it was asked to stop:
-STOPPED = 75  # EX_TEMPFAIL: the same command continues
-BAD_INPUT = 2  # one line on stderr says what; again would be the same
+# Exit status of a run: one line on stderr says what, again would be the same.
+BAD_INPUT = 2
 _ATTEMPTS = "attempts.jsonl"
 
 
