@@ -160,13 +160,18 @@ class _Training:
     run = self.run
     if run.eval_plan is None or (self.evaluated or [None])[0] == step:
       return False
-    with self.log.untimed(), self.watchdog.paused():
+
+    def interrupted() -> bool:
+      self.watchdog.beat(step)
+      return step < run.steps and self.stop.requested()
+
+    with self.log.untimed():
       result = run.evaluator(
         join(frozen, state.params),
         reference if state.reference is None else state.reference,
         run.eval_plan,
         state.loss_state,
-        interrupted=self.stop.requested if step < run.steps else _never,
+        interrupted=interrupted,
       )
     if result is None:
       return True
@@ -255,10 +260,6 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, Any]]:
 
 def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
-
-
-def _never() -> bool:
-  return False
 
 
 def _named(means: dict[str, float], metric: str) -> float:

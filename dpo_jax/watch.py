@@ -8,7 +8,7 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,25 +38,13 @@ class Watchdog:
     self._seconds = seconds
     self._lock = threading.Lock()
     self._over = threading.Event()
-    self._heard, self._step, self._pauses = time.monotonic(), None, 0
+    self._heard, self._step = time.monotonic(), None
     self._thread: threading.Thread | None = None
 
   def beat(self, step: int) -> None:
-    """Says that a step was done."""
+    """Says that something was done, after that step."""
     with self._lock:
       self._heard, self._step = time.monotonic(), step
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Is silent about what may take as long as it likes."""
-    with self._lock:
-      self._pauses += 1
-    try:
-      yield
-    finally:
-      with self._lock:
-        self._pauses -= 1
-        self._heard = time.monotonic()
 
   def __enter__(self) -> "Watchdog":
     self._heard = time.monotonic()
@@ -70,15 +58,15 @@ class Watchdog:
   def __exit__(self, *exc_info: object) -> None:
     self._over.set()
     if self._thread is not None:
-      self._thread.join()
+      self._thread.join(5.0)  # it may hang in writing, too
 
   def _watch(self) -> None:
     left = self._seconds  # until it is time to look again
     while not self._over.wait(left):
       now = time.monotonic()
       with self._lock:
-        heard, step, paused = self._heard, self._step, self._pauses
-      left = self._seconds if paused else heard + self._seconds - now
+        heard, step = self._heard, self._step
+      left = heard + self._seconds - now
       if left <= 0:
         self._report(now - heard, step)
         left = self._seconds
