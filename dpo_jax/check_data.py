@@ -1,5 +1,6 @@
 """A look at encoded data: counts, lengths, packing, and one row."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -77,6 +78,12 @@ def _counts(examples: Examples, eval_rows: int) -> list[str]:
       lines.append(
         f"  {n:6d}  {reason}" + (f", first {first}" if first else "")
       )
+  again, first = _repeated(examples)
+  if again:
+    lines.append(
+      f"repeated    {again} examples are those of earlier rows, the first in"
+      f" row {first} (they are kept)"
+    )
   if examples.kind == "unpaired":
     liked = int(examples.desirable.sum())
     lines.append(f"labels      {liked} liked, {len(examples) - liked} not")
@@ -88,6 +95,21 @@ def _counts(examples: Examples, eval_rows: int) -> list[str]:
   if names:
     lines.append(f"subsets     {', '.join(names)}")
   return lines
+
+
+def _repeated(examples: Examples) -> tuple[int, int]:
+  """How many examples were there before, token by token, and the data row (from
+  0) of the first that was."""
+  seen, again, first = set(), 0, -1
+  for i in range(len(examples)):
+    tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+    digest = hashlib.sha256(tokens.tobytes())
+    digest.update(examples.lengths[i].tobytes())
+    digest.update(bytes(examples.desirable[i : i + 1]))
+    if digest.digest() in seen:
+      again, first = again + 1, int(examples.rows[i]) if first < 0 else first
+    seen.add(digest.digest())
+  return again, first
 
 
 def _lengths(examples: Examples) -> list[str]:

@@ -152,9 +152,7 @@ class _Encoder:
       fmt = formats.detect_format(row)
     except DataError as error:
       raise Drop("wrong_shape", str(error)) from None
-    if not self.result.format:
-      self._accept(where, fmt)
-    if fmt != self.result.format:
+    if self.result.format and fmt != self.result.format:
       raise Drop(
         "wrong_shape",
         f"a row of shape {fmt!r} in a source of shape {self.result.format!r}",
@@ -167,6 +165,8 @@ class _Encoder:
       _check_example(example)
     except DataError as error:
       raise Drop("bad_text", str(error)) from None
+    if not self.result.format:  # decided by a row that can be used
+      self._accept(where, fmt)
     return example
 
   def _accept(self, where: str, fmt: str) -> None:

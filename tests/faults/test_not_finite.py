@@ -24,6 +24,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.run import Run
 from dpo_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 BARE = {
   "sample.prompts": 0, "train.export": False, "data.eval_rows": 0,
   "train.eval_every": 0, "train.checkpoint_every": 1,
