@@ -148,8 +148,8 @@ class Peak(NamedTuple):
 # By the beginning of `device_kind`, the longest that fits. TPUs: peak compute
 # per chip of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; a TPU7x
 # chip is two devices to JAX. GPUs: NVIDIA's data sheets of the product, halved
-# where they count sparsity; of Blackwell those of HGX B200 and of GB200 NVL72,
-# divided by their 8 and 72 GPUs.
+# where they count sparsity; of Blackwell what those of HGX B200 and GB200 NVL72
+# say of one GPU.
 _PEAKS = {
   "TPU v4": Peak(275, 275),
   "TPU v5 lite": Peak(197, 197),
@@ -168,7 +168,7 @@ _PEAKS = {
   "NVIDIA GH200": Peak(989, 494),
   "NVIDIA H200": Peak(989, 494),
   "NVIDIA H200 NVL": Peak(835, 417),
-  "NVIDIA B200": Peak(2250, 1125),
+  "NVIDIA B200": Peak(2250, 1100),
   "NVIDIA GB200": Peak(2500, 1250),
 }
 
