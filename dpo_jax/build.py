@@ -67,9 +67,7 @@ def build(config: Config) -> Built:
       param_dtype=_dtype("model.param_dtype", c.param_dtype),
       remat=c.remat,
       attention=c.attention,
-      pin_activations=pins.activations,
-      pin_weights=pins.weights,
-      place_experts=pins.experts,
+      **pins.for_model(),
       **({"unpack_weights": quantize.unpack} if c.quantize else {}),
     )
     shape = shape or family.Config(

@@ -173,28 +173,31 @@ class Least(NamedTuple):
 def least(
   policy: Any, trained: Any, *, reference: bool, itemsize: int
 ) -> Least:
-  """The least for one step without microbatches on a mesh (data, fsdp, 1).
+  """The least of weights and gradients for one step without microbatches.
 
-  A layer's weights are gathered for the policy's forward, for its backward and
-  for the reference; what lies at the two ends of the model, embedding and head,
-  once for policy and once for reference. Each gradient is added up once.
+  A layer's weights are gathered over fsdp for the policy's forward, for its
+  backward and for the reference; what lies at the two ends of the model,
+  embedding and head, over fsdp and tensor once for policy and once for
+  reference. Each gradient is added up once. What the tensor axis adds up of
+  activations is not in it.
 
   Args:
     policy: `params` of the model, shapes with shardings.
-    trained: variables that have gradients, shapes with shardings.
+    trained: variables that have gradients, likewise.
     reference: whether a reference is scored in the step.
     itemsize: bytes of a number that is gathered or of a gradient of such;
       others are added up as they are.
   """
   gathered = 0.0
   for path, leaf in _leaves(policy):
-    passes = (2 if "layers" in path else 1) + reference
-    n = _shards(leaf)
-    gathered += passes * math.prod(leaf.shape) * itemsize * (n - 1) / n
+    in_layer = "layers" in path
+    passes = (2 if in_layer else 1) + reference
+    n = _parts(leaf, "fsdp", *(() if in_layer else ("tensor",)))
+    gathered += passes * _size(leaf, in_layer) * itemsize * (n - 1) / n
   summed = sum(
-    math.prod(leaf.shape)
-    * (itemsize if _shards(leaf) > 1 else leaf.dtype.itemsize)
-    for _, leaf in _leaves(trained)
+    _size(leaf, "layers" in path)
+    * (itemsize if _parts(leaf, "fsdp") > 1 else leaf.dtype.itemsize)
+    for path, leaf in _leaves(trained)
   )
   return Least(gathered, summed)
 
@@ -209,7 +212,12 @@ def _leaves(tree):
   return [((), tree)]
 
 
-def _shards(leaf):
-  """Over how many devices of fsdp an array is split."""
-  axes = [a for a in leaf.sharding.spec if a == "fsdp"]
-  return math.prod(leaf.sharding.mesh.shape[a] for a in axes)
+def _parts(leaf, *axes):
+  """Into how many parts an array is split along axes of the mesh."""
+  sizes = leaf.sharding.mesh.shape
+  return math.prod(sizes[a] for a in leaf.sharding.spec if a in axes)
+
+
+def _size(leaf, in_layer):
+  """Numbers in an array, or in the part of it that a device of tensor uses."""
+  return math.prod(leaf.shape) // (_parts(leaf, "tensor") if in_layer else 1)

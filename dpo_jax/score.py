@@ -34,9 +34,10 @@ def make_score(
 
   Args:
     model: with `apply(variables, tokens, positions, key_start, key_end)` to
-      hidden states f[B T D], and `unembed(variables)` to f[V D]; `logit_cap`,
-      where it has one, bounds logits (`logps.capped`). One with a true
-      `router` fills the collection of that name where it is mutable.
+      hidden states f[B T D], and `unembed(variables)` to f[V D]. Where it has
+      them: `spread(variables)` prepares variables for the two; `logit_cap`
+      bounds logits (`logps.capped`); with a true `router` it fills the
+      collection of that name where it is mutable.
     tile: rows of logits alive at once.
     place_head: wraps the head for a mesh (`sharding.Pins.head`).
 
@@ -48,6 +49,7 @@ def make_score(
   """
 
   cap = getattr(model, "logit_cap", None)
+  spread = getattr(model, "spread", lambda variables: variables)
 
   def on_rows(head):
     def run(hidden, unembed, target):
@@ -71,6 +73,7 @@ def make_score(
     router: bool = False,
     dropout: Any = None,
   ) -> Scores:
+    variables = spread(variables)
     inputs = batch.tokens, batch.positions, batch.key_start, batch.key_end
     options = {} if dropout is None else {"rngs": {"dropout": dropout}}
     used = None

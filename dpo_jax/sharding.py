@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -94,11 +95,9 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def shard_tree(tree: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf (arrays or shapes), by `RULES`."""
 
-  def one(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, spec_for(name, leaf.shape, mesh))
-
-  return jax.tree_util.tree_map_with_path(one, tree)
+  return _map_paths(
+    lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh)), tree
+  )
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -150,31 +149,82 @@ class Pins:
 
   mesh: Mesh
 
+  def for_model(self) -> dict[str, Any]:
+    """The fields of `models.shape.Compute` that say what follows."""
+    many = self.mesh.size > 1
+    return {
+      "pin_activations": self.activations,
+      "pin_weights": self.weights,
+      # Where nothing is gathered, doing it again would cost and save nothing.
+      "pin_again": self.mesh.shape["fsdp"] > 1,
+      "copy_weights": self.copies if many else None,
+      "place_lookup": self.lookup,
+      "place_experts": self.experts,
+    }
+
   def activations(self, x: jax.Array) -> jax.Array:
     """Pins f[B ...] to the batch axes, or GSPMD may move tokens of a pair."""
-    sharding = NamedSharding(self.mesh, self._rows(x))
-    return jax.lax.with_sharding_constraint(x, sharding)
+    return self._pin(x, self._rows(x))
 
-  def weights(self, weights: Any) -> Any:
-    """Gathers one layer's weights over fsdp, here and not earlier."""
+  def weights(self, weights: Any, dtype: Any = None) -> Any:
+    """Gathers one layer's weights over fsdp, here and not earlier.
 
-    shardings = jax.tree.map(
-      lambda spec: NamedSharding(self.mesh, spec), self._gathered(weights)
-    )
-    return jax.lax.with_sharding_constraint(weights, shardings)
+    Args:
+      weights: of one layer, split as `RULES` say.
+      dtype: what they are used in; those that are gathered are cast first, and
+        pinned as they lie, or they would be gathered as they were.
+    """
+
+    def one(path, leaf):
+      split, whole = self._specs(path, leaf)
+      if dtype is not None and split != whole and not _PACKED.search(path):
+        leaf = self._pin(leaf.astype(dtype), split)
+      return self._pin(leaf, whole)
+
+    return _map_paths(one, weights)
+
+  def copies(self, weights: jax.Array, dtype: Any = None) -> jax.Array:
+    """f[V D] to f[n V D], one on each of n devices: cast, gathered once for all
+    uses, and the gradients of these added up on the device, then over devices
+    once."""
+    split, _ = self._specs("embed", weights)
+    weights = self._pin(weights.astype(dtype or weights.dtype), split)
+    each = jnp.broadcast_to(weights, (self.mesh.size, *weights.shape))
+    return self._pin(each, P(AXES))
+
+  def lookup(self, function: Any) -> Any:
+    """Runs `function(table f[V D], tokens i32[B T])` on local tokens, with the
+    device's own of the `copies`."""
+
+    def run(tables, tokens):
+      rows = self._rows(tokens)
+      return jax.shard_map(
+        lambda tables, tokens: function(tables[0], tokens),
+        mesh=self.mesh,
+        in_specs=(P(AXES), rows),
+        out_specs=rows,
+        check_vma=False,
+      )(tables, tokens)
+
+    return run
 
   def head(self, function: Any) -> Any:
     """Runs `function(hidden f[B S D], head f[V D], target i32[B S])` on local
-    scored tokens with the whole head: no collective inside its loop, and one
-    reduction of the head's gradient after it."""
+    scored tokens with the whole head (or its `copies`): no collective inside
+    its loop, and one reduction of the head's gradient after it."""
     split = P(BATCH, "tensor")
-    return jax.shard_map(
-      function,
-      mesh=self.mesh,
-      in_specs=(P(BATCH, "tensor", None), P(), split),
-      out_specs=split,
-      check_vma=False,
-    )
+
+    def run(hidden, head, target):
+      heads = head if head.ndim == 3 else self.copies(head)
+      return jax.shard_map(
+        lambda hidden, heads, target: function(hidden, heads[0], target),
+        mesh=self.mesh,
+        in_specs=(P(BATCH, "tensor", None), P(AXES), split),
+        out_specs=split,
+        check_vma=False,
+      )(hidden, heads, target)
+
+    return run
 
   def experts(self, function: Any) -> Any:
     """Runs `function(x f[B T D], probs f32[B T E], kernels)` (see
@@ -203,19 +253,32 @@ class Pins:
 
     return run
 
+  def _pin(self, x, spec):
+    place = NamedSharding(self.mesh, spec)
+    return jax.lax.with_sharding_constraint(x, place)
+
   def _rows(self, x):
     whole = x.shape[0] % batch_shards(self.mesh) == 0
     return P(BATCH) if whole else P()
 
   def _gathered(self, weights, under=""):
     """Specs of a layer's weights that lie whole on every device of fsdp."""
+    return _map_paths(lambda p, x: self._specs(under + p, x)[1], weights)
 
-    def one(path, leaf):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      spec = spec_for(under + name, leaf.shape, self.mesh)
-      return P(*(None if axis == "fsdp" else axis for axis in spec))
+  def _specs(self, path, leaf):
+    """How a layer's weights lie, and how they do gathered over fsdp."""
+    split = spec_for(path, leaf.shape, self.mesh)
+    return split, P(*(None if axis == "fsdp" else axis for axis in split))
 
-    return jax.tree_util.tree_map_with_path(one, weights)
+
+def _map_paths(function, tree):
+  """`function(path, leaf)` of every leaf."""
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return function(name, leaf)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -30,9 +30,7 @@ def tiny(mesh=None):
   compute = llama.Compute()
   if mesh is not None:
     pins = sharding.Pins(mesh)
-    compute = llama.Compute(
-      pin_activations=pins.activations, pin_weights=pins.weights
-    )
+    compute = llama.Compute(**pins.for_model())
   model = llama.Model(config, compute)
   variables = jax.jit(model.init_variables)(jax.random.key(0))
   # Random weights say the same at every place; larger ones do not.

@@ -529,9 +529,7 @@ def three_steps(name, mesh=None):
     batches = [sharding.put_batch(b, mesh) for b in batches]
     pins = sharding.Pins(mesh)
     place_head = pins.head
-    compute = llama.Compute(
-      pin_activations=pins.activations, pin_weights=pins.weights
-    )
+    compute = llama.Compute(**pins.for_model())
   run = score.make_score(
     llama.Model(CONFIG, compute), tile=16, place_head=place_head
   )

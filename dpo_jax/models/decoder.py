@@ -17,7 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.blockwise import Window
-from dpo_jax.models.layers import GatedMLP, RMSNorm, SelfAttention
+from dpo_jax.models.layers import (
+  GatedMLP,
+  RMSNorm,
+  SelfAttention,
+  look_up,
+)
 from dpo_jax.models.moe import ROUTER, RoutedMLP
 from dpo_jax.models.rope import rope_frequencies
 from dpo_jax.models.shape import Compute, Config
@@ -123,8 +128,13 @@ class Decoder(nn.Module):
         compute.param_dtype,
       )
     pin = compute.pin_activations
-    table = compute.pin_weights({"embed": embed})["embed"]
-    x = pin(table[tokens].astype(compute.dtype))
+    if "copies" in self.variables:
+      table = self.variables["copies"]["embed"]
+      x = compute.place_lookup(look_up)(table, tokens)
+    else:
+      table = compute.pin_weights({"embed": embed}, compute.dtype)["embed"]
+      x = look_up(table, tokens).astype(compute.dtype)
+    x = pin(x)
     if c.scaled_embed:  # rounded to the compute dtype, as weights were trained
       x *= jnp.asarray(math.sqrt(c.width), x.dtype)
     window = _window(c, positions, key_start, cache)
@@ -136,7 +146,8 @@ class Decoder(nn.Module):
     sows = sows and not self.is_initializing()  # variables are weights alone
 
     def here(weights):
-      return compute.unpack_weights(compute.pin_weights(weights))
+      pinned = compute.pin_weights(weights, compute.dtype)
+      return compute.unpack_weights(pinned)
 
     def one_layer(x, layer):
       weights, adapters, key, local, cache = layer
@@ -152,6 +163,9 @@ class Decoder(nn.Module):
 
     if compute.remat == "block":
       one_layer = jax.checkpoint(one_layer)
+    elif compute.pin_again:
+      kept = _all_but_weights({w.shape[1:] for w in jax.tree.leaves(layers)})
+      one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
     x, (new_cache, sown) = jax.lax.scan(
       one_layer, x, (layers, adapters, keys, jnp.asarray(c.local), cache)
     )
@@ -174,11 +188,25 @@ class Decoder(nn.Module):
     return self.config.experts is not None
 
   @nn.nowrap
-  def unembed(self, variables: Any) -> jax.Array:
-    """The output embedding, f[V D] in the compute dtype."""
+  def spread(self, variables: Any) -> Any:
+    """Variables to use in one pass: on a mesh with the collection `copies` of
+    embedding and unembedding, which are one array where these are tied, so that
+    it is gathered once and its gradient added up once."""
+    copy, dtype = self.compute.copy_weights, self.compute.dtype
+    if copy is None:
+      return variables
+    names = ("embed",) if self.config.tied else ("embed", "unembed")
     params = variables["params"]
-    head = params["embed" if self.config.tied else "unembed"]
-    return head.astype(self.compute.dtype)
+    copies = {name: copy(params[name], dtype) for name in names}
+    return variables | {"copies": copies}
+
+  @nn.nowrap
+  def unembed(self, variables: Any) -> jax.Array:
+    """The output embedding, f[V D] in the compute dtype, or its copies."""
+    name = "embed" if self.config.tied else "unembed"
+    if "copies" in variables:
+      return variables["copies"][name]
+    return variables["params"][name].astype(self.compute.dtype)
 
   @nn.nowrap
   def init_variables(self, rng: jax.Array) -> Any:
@@ -192,6 +220,17 @@ class Decoder(nn.Module):
     c = self.config
     shape = (c.layers, rows, length, c.kv_heads, c.head_dim)
     return (jnp.zeros(shape, self.compute.dtype),) * 2
+
+
+def _all_but_weights(shapes: set[tuple[int, ...]]) -> Any:
+  """A policy of `jax.checkpoint`: keeps for the backward all that it would keep
+  without one, but not what is made of weights of these shapes alone."""
+  copying = ("convert_element_type", "reshape", "sharding_constraint")
+
+  def kept(primitive, *inputs, **_):
+    return not (primitive.name in copying and inputs[0].shape in shapes)
+
+  return kept
 
 
 def _init_layers(block: Block, rng: jax.Array) -> Any:

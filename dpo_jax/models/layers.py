@@ -23,6 +23,27 @@ ACTIVATIONS = {  # by the names of config.json
 }
 
 
+@jax.custom_vjp
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """table f[V D] at tokens i32[...] -> f[... D]; the gradients of a row add up
+  in float32, whatever dtype the table has."""
+  return table[tokens]
+
+
+def _look_up_forward(table, tokens):
+  return table[tokens], (table, tokens)
+
+
+def _look_up_backward(residuals, g):
+  table, tokens = residuals
+  wide = jnp.promote_types(table.dtype, jnp.float32)
+  total = jnp.zeros(table.shape, wide).at[tokens].add(g.astype(wide))
+  return total.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class RMSNorm(nn.Module):
   """Root-mean-square normalisation in float32; f[... D] -> f[... D]."""
 

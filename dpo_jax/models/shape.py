@@ -89,9 +89,15 @@ class Compute:
   remat: str = "none"  # "block": keep only each block's input for the backward
   attention: str = "blockwise"
   # Pins a layer's activations f[B T D] and its weights (a dict of arrays
-  # without the layer axis) to the mesh; see sharding.py.
+  # without the layer axis, and the dtype they are used in) to the mesh; see
+  # sharding.py.
   pin_activations: Callable[[jax.Array], jax.Array] = lambda x: x
-  pin_weights: Callable[[Any], Any] = lambda w: w
+  pin_weights: Callable[..., Any] = lambda w, dtype: w
+  # True: weights that were pinned are not kept for the backward, but again.
+  pin_again: bool = False
+  # Copies embedding and unembedding for every device, and the look-up in such.
+  copy_weights: Callable[..., jax.Array] | None = None
+  place_lookup: Callable[[Any], Any] = lambda function: function
   unpack_weights: Callable[[Any], Any] = lambda w: w  # see quantize.py
   # Wraps the experts so that each device routes its own tokens.
   place_experts: Callable[[Any], Any] = lambda function: function
