@@ -6,6 +6,7 @@ them, the shape and dtype of every array, and which run it is; the document has
 a digest of itself. All of it is verified when a step is read.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -173,8 +174,13 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
-    self._manager.close()
+  def __exit__(self, kind: type | None, *exc_info: object) -> None:
+    if kind is None or issubclass(kind, processes.Stopped):
+      self.wait()
+      self._manager.close()
+    elif processes.count() == 1:  # of many, the others would not come along
+      with contextlib.suppress(Exception):  # what went wrong first is said
+        self._manager.close()
 
   def _set_aside(self, step: int) -> None:
     if processes.leads():

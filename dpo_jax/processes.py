@@ -151,13 +151,18 @@ def end(status: int) -> None:
   """Ends this process and says so to the others.
 
   One of many that fails must not wait for the rest, which wait for it: it goes
-  at once, and its missing heartbeat ends them.
+  at once, and its missing heartbeat ends them. One that was stopped may have
+  been in the middle of a compilation, and the threads of that do not survive
+  the end of the interpreter.
   """
-  if jax.distributed.is_initialized() and status not in (0, STOPPED):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  sys.exit(status)
+  many = jax.distributed.is_initialized()
+  if status != STOPPED and not many:
+    sys.exit(status)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if status == STOPPED and many:
+    jax.distributed.shutdown()
+  os._exit(status)
 
 
 # Exit status of a run that was asked to stop and can be continued: sysexits'

@@ -4,6 +4,7 @@
 and W&B are views of it that may be missing or fail without harm.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -86,7 +87,11 @@ class MetricsWriter:
       )
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Appends one row; `values` are anything that `float` accepts."""
+    """Appends one row; `values` are anything that `float` accepts.
+
+    Raises:
+      DataError: the file cannot be written, as on a disk that is full.
+    """
     if split not in SPLITS:
       raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     if taken := {"step", "split"} & values.keys():
@@ -95,14 +100,20 @@ class MetricsWriter:
     numbers = {key: float(value) for key, value in values.items()}
     row = {"step": step, "split": split}
     row |= {key: encode_float(value) for key, value in numbers.items()}
-    self._file.write(json.dumps(row, allow_nan=False) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps(row, allow_nan=False) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise DataError(
+        f"{self.path}: cannot be written: {error.strerror}"
+      ) from error
     for name in list(self._backends):
       self._guard(name, self._backends[name][0], step, split, numbers)
 
   def close(self) -> None:
     """Closes the file and the backends; safe to call twice."""
-    self._file.close()
+    with contextlib.suppress(OSError):  # of a row that `write` spoke of
+      self._file.close()
     for name in list(self._backends):
       self._guard(name, self._backends[name][1])
       self._backends.pop(name, None)

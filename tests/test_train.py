@@ -12,13 +12,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from runs import (  # noqa: F401
-  STEPS,
-  compile_once,
-  metric_rows,
-  small_config,
-  stop_after,
-)
 
 from dpo_jax import checkpoint
 from dpo_jax import train as train_module
@@ -28,6 +21,13 @@ from dpo_jax.models import hf
 from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
 from dpo_jax.writers import read_metrics
+from runs import (  # noqa: F401
+  STEPS,
+  compile_once,
+  metric_rows,
+  small_config,
+  stop_after,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -134,9 +134,11 @@ def test_a_stopped_quickstart_ends_without_a_traceback(
   for name in ("handlers", "level", "propagate"):
     monkeypatch.setattr(log, name, getattr(log, name))
   monkeypatch.setattr("sys.argv", ["quickstart.py", f"--workdir={tmp_path}"])
-  with pytest.raises(SystemExit) as ended:
+  end = mock.Mock(side_effect=SystemExit)
+  monkeypatch.setattr("dpo_jax.processes.end", end)
+  with pytest.raises(SystemExit):
     quickstart["main"]()
-  assert ended.value.code == 75
+  end.assert_called_once_with(75)
   assert capsys.readouterr().out.endswith("stopped at step 7\n")
 
 

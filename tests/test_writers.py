@@ -190,3 +190,19 @@ def test_a_resumed_wandb_run_keeps_its_id_and_its_step_axis(
   assert ids[0] == ids[1]
   assert [row["step"] for row in rows] == [1, 2, 3, 2]
   assert rows[-1] == {"step": 2, "train/loss": 0.25}
+
+
+def test_a_row_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+  class Full:
+    def write(self, text):
+      raise OSError(28, "No space left on device")
+
+    def close(self):
+      self.write("what is buffered")
+
+  writer = MetricsWriter(tmp_path)
+  writer._file.close()
+  monkeypatch.setattr(writer, "_file", Full())
+  with pytest.raises(DataError, match=r"metrics.jsonl: .*No space left"):
+    writer.write(1, "train", {"loss": 1.0})
+  writer.close()

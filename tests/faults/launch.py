@@ -10,6 +10,10 @@ import subprocess
 import sys
 import time
 
+from dpo_jax.checkpoint import read_meta
+from dpo_jax.step_log import CLOCKED
+from dpo_jax.writers import read_metrics
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "faults" / "tiny.py"
 
@@ -71,7 +75,8 @@ def launch(
   devices=1,
   heartbeat=10,
   cache=None,
-  script=ROOT / "scripts" / "train.py",
+  fault="",
+  workdirs=None,
 ) -> Running:
   """Starts a run on a corpus and returns at once.
 
@@ -83,8 +88,12 @@ def launch(
     devices: of each process.
     heartbeat: seconds after which a dead one is noticed.
     cache: folder of compiled programs to share.
-    script: to run instead.
+    fault: see `faulty_train`.
+    workdirs: names beside `workdir`, one for each process, instead of it.
   """
+  script = ROOT / "scripts" / "train.py"
+  if fault:
+    script = ROOT / "tests" / "faults" / "faulty_train.py"
   workdir = pathlib.Path(workdir)
   logs = workdir.with_name(workdir.name + ".logs")
   logs.mkdir(parents=True, exist_ok=True)
@@ -94,6 +103,7 @@ def launch(
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
+    "FAULT": fault,
   }
   if cache:
     env |= {
@@ -106,7 +116,8 @@ def launch(
   for i in range(max(processes, 1)):
     command = [
       sys.executable, str(script), f"--config={TINY}:{corpus}",
-      f"--workdir={workdir}", *flags,
+      f"--workdir={workdir.with_name(workdirs[i]) if workdirs else workdir}",
+      *flags,
     ]  # fmt: skip
     if processes:
       command += [
@@ -129,6 +140,20 @@ def saved(workdir) -> list[int]:
   if not place.is_dir():
     return []
   return sorted(int(p.name) for p in place.iterdir() if p.name.isdigit())
+
+
+def checksums(workdir) -> dict[str, str]:
+  """Of every array of the last state, as its checkpoint has them."""
+  place = pathlib.Path(workdir) / "checkpoints"
+  return read_meta(place, saved(workdir)[-1])["checksums"]
+
+
+def rows(workdir) -> list[dict]:
+  """Of metrics.jsonl, without what the clock decides."""
+  return [
+    {k: v for k, v in row.items() if k not in CLOCKED}
+    for row in read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  ]
 
 
 def free_port() -> int:

@@ -19,7 +19,10 @@ def get_config(corpus):
   config.data.cache_dir = ""
   config.data.row_length = 256
   config.data.row_counts = 1  # one shape to compile
-  config.optim.learning_rate = 1e-2
+  config.optim.learning_rate = 1e-3
+  # Adam divides a gradient near zero by its own rounding otherwise, and other
+  # orders of adding would show.
+  config.optim.epsilon = 1e-3
   config.train.batch_size = 16
   config.train.steps = 10
   config.train.log_every = 1

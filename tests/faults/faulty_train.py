@@ -1,0 +1,72 @@
+"""scripts/train.py with a fault: FAULT="KIND PROCESS STEP" in the environment.
+
+Before the step is taken, in that process: "raise" raises, "stall" sleeps for
+five seconds, "term" and "int" send it the signal. "eval" sends SIGTERM when
+the evaluation of that step begins, "save" when its checkpoint is being written,
+"compile" when the program of the first step is being made.
+"""
+
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dpo_jax import checkpoint, processes  # noqa: E402
+from dpo_jax import train as train_module  # noqa: E402
+
+KIND, PROCESS, STEP = os.environ["FAULT"].split()
+
+
+def guilty_function():
+  if KIND == "raise":
+    raise RuntimeError("this one is guilty")
+  if KIND == "stall":
+    time.sleep(5)
+  if KIND == "term":
+    os.kill(os.getpid(), signal.SIGTERM)
+  if KIND == "int":
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def batches(run, start, real=train_module._batches):
+  for step, batch in real(run, start):
+    if step == int(STEP) and processes.number() == int(PROCESS):
+      guilty_function()
+    yield step, batch
+
+
+def evaluate(self, step, *rest, real=train_module._Training._evaluate):
+  if KIND == "eval" and step == int(STEP):
+    signal.raise_signal(signal.SIGTERM)
+  return real(self, step, *rest)
+
+
+def save(self, step, *rest, real=checkpoint.Checkpoints.save):
+  real(self, step, *rest)
+  if KIND == "save" and step == int(STEP):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def term_soon():
+  time.sleep(0.3)
+  print("signal while compiling", flush=True)
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start(self, real=train_module.Run.start):
+  if KIND == "compile":
+    threading.Thread(target=term_soon, daemon=True).start()
+  return real(self)
+
+
+train_module._batches = batches
+train_module._Training._evaluate = evaluate
+checkpoint.Checkpoints.save = save
+train_module.Run.start = start
+runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
