@@ -11,7 +11,7 @@ import sys
 import time
 
 from dpo_jax.checkpoint import read_meta
-from dpo_jax.step_log import CLOCKED
+from dpo_jax.metrics import CLOCKED
 from dpo_jax.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
