@@ -274,6 +274,9 @@ CARRIED = {
     "loss.ld_alpha": 0.5,
     "loss.wpo": True,
   },
+  "parts of a batch": {"loss.name": "kto", "train.microbatches": 2},
+  # 36 pairs in batches of 12: it is stopped where an epoch ends.
+  "an epoch": {"train.batch_size": 12, "data.eval_rows": 12},
 }
 
 
