@@ -19,7 +19,8 @@ from sweeps import attempts, starts, sweep_of
 
 from dpo_jax import sweep as grid
 from dpo_jax.errors import ConfigError
-from dpo_jax.sweep.claims import claim, is_claimed
+from dpo_jax.lock import Lock
+from dpo_jax.sweep.claims import claim, is_live
 from dpo_jax.sweep.local import run_local
 from dpo_jax.sweep.options import LocalOptions
 from dpo_jax.sweep.status import State
@@ -151,7 +152,7 @@ def test_runs_of_a_killed_sweep_save_and_end_and_the_next_continues(tmp_path):
   assert place.state() is State.RUNNING
   process.kill()
   process.wait()
-  wait_for(lambda: not is_claimed(place.path))
+  wait_for(lambda: not is_live(place.path))
   assert place.step() == 1
   assert place.state() is State.STOPPED
   run_local(sweep, QUICK)
@@ -178,13 +179,34 @@ def test_two_sweeps_of_one_directory_share_the_runs(tmp_path):
 def test_a_claim_is_held_by_one_and_probed_without_harm(tmp_path):
   held = claim(tmp_path / "run")
   assert claim(tmp_path / "run") is None
-  assert is_claimed(tmp_path / "run")
+  assert is_live(tmp_path / "run")
   held.release()
-  assert not is_claimed(tmp_path / "run")
+  assert not is_live(tmp_path / "run")
   again = claim(tmp_path / "run")
   assert again is not None
   again.release()
-  assert not is_claimed(tmp_path / "never")
+  assert not is_live(tmp_path / "never")
+
+
+def test_a_run_that_was_started_otherwise_is_waited_for(tmp_path):
+  """By hand, or on a cluster: it holds its directory itself."""
+  sweep = sweep_of(tmp_path, seeds(1))
+  place = sweep.place(sweep.runs[0])
+  place.path.mkdir(parents=True)
+  by_hand = Lock(place.path)
+  by_hand.take()
+  assert place.state() is State.RUNNING
+  assert claim(place.path) is None
+
+  def end():
+    time.sleep(0.5)
+    place.summary.write_text("{}")
+    by_hand.release()
+
+  threading.Thread(target=end).start()
+  run_local(sweep, QUICK)
+  assert place.state() is State.DONE
+  assert starts(sweep, 0) == 0
 
 
 def test_each_run_has_a_gpu_of_its_own_and_all_share_programs(

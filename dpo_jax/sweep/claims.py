@@ -4,6 +4,8 @@ import fcntl
 import os
 import pathlib
 
+from dpo_jax import lock
+
 _FILE = ".claim"
 
 
@@ -23,7 +25,8 @@ class Claim:
 
 
 def claim(directory: pathlib.Path) -> Claim | None:
-  """Takes the directory, making it where there is none; None if it is taken."""
+  """Takes the directory, making it where there is none; None if a run goes on
+  in it."""
   directory.mkdir(parents=True, exist_ok=True)
   file = os.open(directory / _FILE, os.O_RDWR | os.O_CREAT, 0o644)
   try:
@@ -31,13 +34,22 @@ def claim(directory: pathlib.Path) -> Claim | None:
   except BlockingIOError:
     os.close(file)
     return None
+  if _is_locked(directory / lock.NAME):
+    os.close(file)
+    return None
   return Claim(file)
 
 
-def is_claimed(directory: pathlib.Path) -> bool:
-  """Whether some process has the directory; takes nothing."""
+def is_live(directory: pathlib.Path) -> bool:
+  """Whether a run goes on in it, as far as locks reach: one that a sweep has
+  claimed, or one that was started otherwise and holds the directory itself.
+  Takes nothing."""
+  return any(_is_locked(directory / name) for name in (_FILE, lock.NAME))
+
+
+def _is_locked(path: pathlib.Path) -> bool:
   try:
-    file = os.open(directory / _FILE, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY)
   except FileNotFoundError:
     return False
   try:

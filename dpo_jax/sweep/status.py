@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from dpo_jax.processes import STOPPED
-from dpo_jax.sweep.claims import is_claimed
+from dpo_jax.sweep.claims import is_live
 from dpo_jax.workdir import Workdir
 
 # Exit status of a run: one line on stderr says what, again would be the same.
@@ -40,10 +40,10 @@ class Place(Workdir):
     self.attempts = self.path / _ATTEMPTS
 
   def state(self) -> State:
-    """Running as far as this machine, or a shared file system, can tell."""
+    """What the files say; running as far as locks on them reach."""
     if self.complete():
       return State.DONE
-    if is_claimed(self.path):
+    if is_live(self.path):
       return State.RUNNING
     attempts = self.read_attempts()
     if attempts and _failed(attempts[-1]):
