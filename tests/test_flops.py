@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from runs import small_config
 from test_plan import make_examples, pairs, rankings
 
 from dpo_jax import flops, losses
@@ -19,7 +20,6 @@ from dpo_jax.run import Run
 from dpo_jax.score import make_score
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable
-from runs import small_config
 
 SHAPE = llama.Config(
   vocab_size=1024, width=128, ffn=384, layers=1, heads=4, kv_heads=2,

@@ -12,6 +12,13 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from runs import (  # noqa: F401
+  STEPS,
+  compile_once,
+  metric_rows,
+  small_config,
+  stop_after,
+)
 
 from dpo_jax import checkpoint
 from dpo_jax import train as train_module
@@ -21,13 +28,6 @@ from dpo_jax.models import hf
 from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
 from dpo_jax.writers import read_metrics
-from runs import (  # noqa: F401
-  STEPS,
-  compile_once,
-  metric_rows,
-  small_config,
-  stop_after,
-)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

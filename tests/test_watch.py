@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import compile_once, small_config  # noqa: F401
 
 from dpo_jax.config import from_dict
 from dpo_jax.data.corpus import write_corpus
@@ -15,7 +16,6 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
 from dpo_jax.train import train
 from dpo_jax.watch import Trace, Watchdog, parse_steps
-from runs import compile_once, small_config  # noqa: F401
 
 
 @pytest.fixture(scope="module")

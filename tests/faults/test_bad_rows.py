@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from runs import compile_once, small_config  # noqa: F401
 
 from dpo_jax.check_data import check
 from dpo_jax.data.encode import EncodeSettings
@@ -13,7 +14,6 @@ from dpo_jax.data.tokenizer import ByteTokenizer
 from dpo_jax.errors import DataError
 from dpo_jax.run import Run
 from dpo_jax.train import train
-from runs import compile_once, small_config  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 MEGABYTE = 1_000_000

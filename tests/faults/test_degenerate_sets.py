@@ -8,6 +8,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from runs import compile_once, metric_rows, small_config  # noqa: F401
 
 from dpo_jax import evaluate, losses, sharding
 from dpo_jax.check_data import check
@@ -15,7 +16,6 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError, DataError
 from dpo_jax.run import Run
 from dpo_jax.train import train
-from runs import compile_once, metric_rows, small_config  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 BARE = {

@@ -6,11 +6,11 @@ import sys
 import types
 
 import pytest
+from runs import compile_once, metric_rows, small_config  # noqa: F401
 
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.train import train
 from dpo_jax.writers import MetricsWriter, read_metrics
-from runs import compile_once, metric_rows, small_config  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

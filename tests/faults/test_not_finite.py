@@ -10,12 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from devices import run_on_eight
-
-from dpo_jax import checkpoint, sharding
-from dpo_jax.data.corpus import write_corpus
-from dpo_jax.errors import UserError
-from dpo_jax.run import Run
-from dpo_jax.train import train
 from runs import (  # noqa: F401
   compile_once,
   metric_rows,
@@ -23,6 +17,12 @@ from runs import (  # noqa: F401
   save_base,
   small_config,
 )
+
+from dpo_jax import checkpoint, sharding
+from dpo_jax.data.corpus import write_corpus
+from dpo_jax.errors import UserError
+from dpo_jax.run import Run
+from dpo_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 BARE = {

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from runs import compile_once, small_config  # noqa: F401
 
 from dpo_jax import evaluate
 from dpo_jax.data.encode import EncodeSettings
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import load_examples
 from dpo_jax.run import Run
-from runs import compile_once, small_config  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 N = 12
