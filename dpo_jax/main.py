@@ -134,7 +134,7 @@ def _parse(argv):
     raise UserError(f"{e.filename}:{e.lineno}: {e.msg}") from e
   except (KeyError, AttributeError) as e:
     raise UserError(_unknown_key(e, argv)) from e
-  except (flags.Error, ValueError, TypeError, OSError) as e:
+  except (flags.Error, ValueError, TypeError, OSError, RecursionError) as e:
     raise UserError(_one_line(e)) from e
 
 
@@ -142,7 +142,8 @@ def _unknown_key(error: Exception, argv) -> str:
   """ml_collections says which key, and maybe what was meant, but not where."""
   if "get_config" in str(error):
     return "--config: the file has no function get_config"
-  key, *hint = re.findall(r"[A-Za-z_]\w*", str(error).replace("\\n", " "))
+  words = re.findall(r"[A-Za-z_]\w*", str(error).replace("\\n", " "))
+  key, *hint = words or [""]
   flag = next((a for a in argv if re.search(rf"[.]{key}(=|$)", a)), None)
   if not flag:
     return f"--config: {_one_line(error)}"

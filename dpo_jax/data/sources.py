@@ -24,6 +24,12 @@ _SLICE = re.compile(
   r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?"
 )
 
+# A few bytes of a compressed file can stand for as many as one likes. Of a row
+# Python makes some twenty times its size.
+MAX_LINE = 16 << 20
+MAX_SKIPPED = 1 << 30  # of one line that is too long
+MAX_WHOLE = 512 << 20  # of a .json, which is read in one piece
+
 Item = tuple[str, dict | DataError]
 
 
@@ -124,12 +130,33 @@ def _line_items(path: pathlib.Path, opener: Any) -> Iterator[Item]:
   try:
     # Bytes, because a text file would also end lines at a lone "\r".
     with opener(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        if line.strip():
-          where = f"{path}:{number}"
+      for number, line in enumerate(_lines(file), start=1):
+        where = f"{path}:{number}"
+        if line is None:
+          yield where, DataError(f"{where}: longer than {_mib(MAX_LINE)}")
+        elif line.strip():
           yield where, _parse_line(where, line, number == 1)
   except (OSError, EOFError, zlib.error) as error:
     raise _unreadable(path, error) from None
+
+
+def _lines(file: Any) -> Iterator[bytes | None]:
+  """The lines of a file; None for one that is too long."""
+  while line := file.readline(MAX_LINE):
+    if len(line) < MAX_LINE or line.endswith(b"\n"):
+      yield line
+      continue
+    skipped = 0
+    while line and not line.endswith(b"\n"):
+      skipped += len(line)
+      if skipped > MAX_SKIPPED:
+        raise OSError(f"a line of more than {_mib(MAX_SKIPPED)}")
+      line = file.readline(MAX_LINE)
+    yield None
+
+
+def _mib(size: int) -> str:
+  return f"{size >> 20} MiB"
 
 
 def _parse_line(where: str, line: bytes, first: bool) -> dict | DataError:
@@ -147,7 +174,13 @@ def _parse_line(where: str, line: bytes, first: bool) -> dict | DataError:
 def _list_items(path: pathlib.Path, opener: Any) -> Iterator[Item]:
   try:
     with opener(path, "rb") as file:
-      rows = parse_json(file.read().decode("utf-8-sig"))
+      data = file.read(MAX_WHOLE + 1)
+    if len(data) > MAX_WHOLE:
+      raise OSError(
+        f"more than {_mib(MAX_WHOLE)}; rows one to a line, in a .jsonl file,"
+        " may be as many as one likes"
+      )
+    rows = parse_json(data.decode("utf-8-sig"))
   except (OSError, EOFError, zlib.error) as error:
     raise _unreadable(path, error) from None
   except UnicodeDecodeError as error:

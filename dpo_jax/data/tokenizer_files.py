@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ def read_folder(path: str) -> dict[str, str]:
   names = (TOKENIZER, CONFIG, TEMPLATE, SPECIAL, GENERATION, MODEL_CONFIG)
   files = {}
   for name in names:
-    if (folder / name).is_file():
+    if os.path.isfile(folder / name):  # False also for what no path can be
       try:
         files[name] = (folder / name).read_text(encoding="utf-8")
       except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +42,7 @@ def read_folder(path: str) -> dict[str, str]:
   if TOKENIZER in files:
     return files
   model = folder / _SENTENCEPIECE
-  if not model.is_file():
+  if not os.path.isfile(model):
     raise DataError(
       f"{path}: no tokenizer.json or tokenizer.model there; expected a"
       " directory in Hugging Face layout, or 'bytes'"

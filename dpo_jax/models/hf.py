@@ -69,6 +69,7 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
   hf = read_object(file)
   try:
     module = family(hf.get("model_type", "?"))
+    _check_depth(hf.get("num_hidden_layers"))
     config = module.config_from_hf(hf)
     _check_types(config)
     return module, config
@@ -81,6 +82,7 @@ def read_config(path: str | os.PathLike) -> tuple[types.ModuleType, Any]:
     raise CheckpointError(f"{file}: {e}") from e
 
 
+_MOST_LAYERS = 10_000
 _SEEN = 4096  # bytes at each end of a tensor that tell it from another
 
 
@@ -106,6 +108,12 @@ def fingerprint(path: str | os.PathLike) -> str:
   if adapter.exists():
     digest.update(adapter.read_bytes())
   return f"{path} {digest.hexdigest()[:16]}"
+
+
+def _check_depth(layers: Any) -> None:
+  """Families list what is special of each layer, which costs memory."""
+  if isinstance(layers, int) and layers > _MOST_LAYERS:
+    raise ValueError(f"num_hidden_layers={layers} is beyond {_MOST_LAYERS}")
 
 
 def _check_types(config: Any) -> None:

@@ -72,6 +72,8 @@ def read_config(path: str | os.PathLike) -> Lora:
   for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
       raise CheckpointError(f"{file}: {key}={value!r} should be a number")
+  if alpha == 0:
+    raise CheckpointError(f"{file}: lora_alpha={alpha} should be above 0")
   if type(rslora) is not bool:
     raise CheckpointError(
       f"{file}: use_rslora={rslora!r} should be true or false"
