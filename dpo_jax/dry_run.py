@@ -1,16 +1,13 @@
 """What a run would do, without doing it: shapes, memory, and the first row."""
 
-import math
 from typing import Any
 
-import flax.traverse_util as traverse
 import jax
 import numpy as np
 
 from dpo_jax import memory, trainable
 from dpo_jax.config import Config, flatten
 from dpo_jax.run import Run
-from dpo_jax.weights import same_path
 
 
 def render_config(config: Config) -> str:
@@ -29,7 +26,7 @@ def describe(config: Config) -> str:
   built, plan = run.built, run.train_plan
   batch, _ = plan[0]
   n_params = trainable.count(built.abstract["params"])
-  trained, frozen = run.trainable.split(built.abstract)
+  trained, _ = run.trainable.split(built.abstract)
   reads = "with a reference" if run.loss.needs_reference else "no reference"
   held_out = len(run.data.held_out) if run.data.held_out else 0
   lines = [
@@ -48,7 +45,7 @@ def describe(config: Config) -> str:
     f" scored, up to {plan.shape.examples} examples;"
     f" {'/'.join(map(str, plan.row_counts))} rows a step,"
     f" {plan.fill():.0%} filled",
-    *_memory(run, frozen),
+    *memory.render(memory.held(run)),
     "row 0",
     render_row(batch, 0, built.tokenizer),
   ]
@@ -113,34 +110,3 @@ def render_summary(summary: dict[str, Any]) -> str:
     if summary.get(key):
       lines.append(f"  {name:18s} {summary[key]}")
   return "\n".join(lines)
-
-
-def _memory(run, frozen) -> list[str]:
-  """Per-device bytes, by the compiler's account of the step; what is frozen and
-  the reference's as well is there once."""
-  reference = run.abstract_reference()
-  stats = memory.compile_step(run).memory_analysis()
-  if stats is None:
-    return ["memory      this backend does not tell"]
-  parts = {
-    "state and batch": stats.argument_size_in_bytes
-    - _shared_bytes(run, frozen, reference),
-    "temporary": stats.temp_size_in_bytes,
-    "new outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-  }
-  text = ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in parts.items())
-  total = sum(parts.values()) / 2**20
-  return [f"memory      {total:.1f} MiB a device: {text}"]
-
-
-def _shared_bytes(run, frozen, reference) -> int:
-  """Bytes a device of what both trees hold, and a run in the same buffers."""
-  path, base = run.config.reference.path, run.config.model.path
-  if reference is None or (path and not same_path(path, base)):
-    return 0
-  both, mine = (traverse.flatten_dict(x, sep="/") for x in (reference, frozen))
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for path in both.keys() & mine.keys()
-    for x in jax.tree.leaves(mine[path])
-  )

@@ -1,25 +1,109 @@
 """What a step holds on each device, by shapes and by the compiler's account."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
+import flax.traverse_util as traverse
+import jax
 import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.batch import Scores
 from dpo_jax.run import Run
+from dpo_jax.weights import same_path
+
+
+class Held(NamedTuple):
+  """Bytes on one device, in a step."""
+
+  trained: int  # weights or adapters
+  frozen: int  # the rest of the policy
+  reference: int  # what of it is not the policy's frozen part
+  optimizer: int
+  batch: int  # and what the loss carries
+  temporary: int  # activations, gradients, gathered weights, and the new state
+  # where the compiler does not write it over the old
+
+  @property
+  def total(self) -> int:
+    return sum(self)
 
 
 def compile_step(run: Run) -> Any:
   """The compiled step of a run, from shapes: nothing is read or run."""
+  return run.step.lower(*_inputs(run)).compile()
+
+
+def held(run: Run, compiled: Any = None) -> Held:
+  """What a device holds during the step of a run.
+
+  Args:
+    run: not started.
+    compiled: its step; None compiles it.
+
+  Returns:
+    All by shapes, but for `temporary`, which is what the compiler of this
+    backend plans for: another backend's plan is another.
+  """
+  stats = (compiled or compile_step(run)).memory_analysis()
+  state, reference, batch, frozen = _inputs(run)
+  of_frozen = device_bytes(frozen)
+  own = device_bytes(reference) - _shared(run, frozen, reference)
+  rest = state._replace(params=None, opt_state=None, reference=None)
+  temporary = (
+    stats.temp_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+  )
+  return Held(
+    trained=device_bytes(state.params),
+    frozen=of_frozen,
+    reference=own + device_bytes(state.reference),
+    optimizer=device_bytes(state.opt_state),
+    batch=device_bytes(batch) + device_bytes(rest),
+    temporary=temporary,
+  )
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes a device of shapes with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def render(found: Held) -> list[str]:
+  """One line a part, in MiB."""
+  lines = [f"memory      {found.total / 2**20:.1f} MiB a device"]
+  lines += [
+    f"  {name:10s}{value / 2**20:10.1f} MiB"
+    for name, value in found._asdict().items()
+    if value
+  ]
+  return lines
+
+
+def _inputs(run):
+  """Of the step, as shapes with shardings."""
   batch, _ = run.train_plan[0]
   if run.config.reference.precompute:
     scores = np.zeros(batch.lengths.shape, np.float32)
     tails = scores if run.loss.reads_tails else None
     batch = batch._replace(reference=Scores(scores, tails))
   _, frozen = run.trainable.split(run.built.abstract)
-  return run.step.lower(
+  return (
     run.abstract_state,
     run.abstract_reference(),
     sharding.batch_shapes(batch, run.built.mesh),
     frozen,
-  ).compile()
+  )
+
+
+def _shared(run, frozen, reference) -> int:
+  """Bytes a device of what both trees hold, and a run in the same buffers."""
+  path, base = run.config.reference.path, run.config.model.path
+  if reference is None or (path and not same_path(path, base)):
+    return 0
+  both, mine = (traverse.flatten_dict(x, sep="/") for x in (reference, frozen))
+  return sum(device_bytes(mine[path]) for path in both.keys() & mine.keys())

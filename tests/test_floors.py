@@ -37,7 +37,7 @@ FLOORS = (
   ("answers", "convert_sources", "reference_cache"),
   ("run", "judge", "convert", "asking"),
   ("finish", "memory", "talking", "step_log"),
-  ("dry_run",),
+  ("dry_run", "plan_memory"),
   ("train", "check_data"),
   ("main", "compare"),
 )
