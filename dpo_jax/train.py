@@ -79,7 +79,10 @@ class _Training:
     self.stop, self.allow, self.begun = stop, allow, begun
     self.log = StepLog(run, begun, place.skipped if processes.leads() else None)
     log = run.config.log
-    self.watchdog = Watchdog(log.watchdog, place.path, processes.number())
+    number = processes.number()
+    self.watchdog = Watchdog(log.watchdog, place.path, number)
+    part = str(number) if processes.count() > 1 else ""
+    self.trace = Trace(log.trace, place.trace / part, self.log.untimed)
     self.evaluated: tuple[int, dict[str, float]] | None = None  # last row
 
   def go(self) -> dict[str, Any]:
@@ -127,11 +130,13 @@ class _Training:
         run.steps, start, batch_size=t.batch_size, unit=unit, silent=silent
       ) as progress,
       self.watchdog,
-      Trace(run.config.log.trace, self.place.path, log.untimed) as trace,
+      self.trace,
       self.stop.between_steps(),
     ):
       for step, batch in _batches(run, start):
-        state, sums = trace.step(step, run.step, state, online, batch, frozen)
+        state, sums = self.trace.step(
+          step, run.step, state, online, batch, frozen
+        )
         if previous:
           log.add(progress, *previous)
           self.watchdog.beat(previous[0])

@@ -120,13 +120,14 @@ class Trace:
   ):
     """Args:
     spec: steps, see `parse_steps`.
-    directory: the trace is written to `trace` in it.
+    directory: where the trace is written, of this process alone: files are
+      named by host and second.
     around: entered while a trace is begun or written, which takes seconds.
 
     Raises:
       ConfigError: `spec` names no steps.
     """
-    self.path = pathlib.Path(directory) / "trace"
+    self.path = pathlib.Path(directory)
     self._spec, self._steps = spec, parse_steps(spec)
     self._around = around
     self._tried = self._runs = False

@@ -26,6 +26,8 @@ class Workdir:
   report.html     the same to look at
   model/          the trained model as a Hugging Face folder
   adapter/        with LoRA, the adapters alone in PEFT's format
+  stacks-N.txt    of process N, where it hung
+  trace/          the profile of chosen steps
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -38,6 +40,7 @@ class Workdir:
     self.summary = self.path / "summary.json"
     self.model = self.path / "model"
     self.adapter = self.path / "adapter"
+    self.trace = self.path / "trace"
 
   def check(self, config: Config, allow: Sequence[str] = ()) -> None:
     """Refuses what cannot become this run's directory; writes nothing.

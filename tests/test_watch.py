@@ -188,7 +188,7 @@ def test_a_trace_holds_the_steps_it_was_asked_for(
   profiler = Profiler(monkeypatch)
   with Trace("3-4", tmp_path) as trace:
     walk(trace, profiler.calls, steps)
-  start = str(tmp_path / "trace")
+  start = str(tmp_path)
   assert profiler.calls == [start if c == "start" else c for c in expected]
 
 
@@ -203,7 +203,7 @@ def test_steps_are_told_of_the_time_that_a_trace_takes(tmp_path, monkeypatch):
 
   with Trace("2", tmp_path, around) as trace:
     walk(trace, calls, [1, 2, 3])
-  start = str(tmp_path / "trace")
+  start = str(tmp_path)
   assert calls == [1, "(", start, ")", 2, "(", "stop", ")", 3]
 
 
@@ -231,7 +231,7 @@ def test_a_real_trace_names_its_steps(tmp_path):
   with Trace("2", tmp_path) as trace:
     for step in (1, 2, 3):
       trace.step(step, double, jnp.ones((8, 8)))
-  (file,) = (tmp_path / "trace").rglob("*.xplane.pb")
+  (file,) = tmp_path.rglob("*.xplane.pb")
   content = file.read_bytes()
   assert b"step_num" in content
   assert b"train" in content
