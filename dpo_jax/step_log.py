@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import flops, losses, metrics
@@ -44,6 +45,9 @@ class StepLog:
     """
     self._run = run
     self._skipped = skipped
+    # All at once, for a device would do one only after the steps before it.
+    steps = jnp.arange(run.steps)
+    self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(steps))
     self._started = time.time() if started is None else started
     self._peak = flops.peak(
       jax.devices()[0].device_kind,
@@ -79,7 +83,7 @@ class StepLog:
     if not ((every and step % every == 0) or step == self._run.steps):
       return
     row = metrics.means(self._sums)
-    row["learning_rate"] = float(self._run.schedule(step - 1))
+    row["learning_rate"] = float(self._rates[step - 1])
     self.writer.write(step, "train", row | self._clocked())
     self._sums, self._timed = {}, _Timed()
 
