@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from dpo_jax import (
   evaluate,
   flops,
-  losses,
   optim,
   processes,
   reference_cache,
@@ -25,6 +24,7 @@ from dpo_jax.build import Built, build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+from dpo_jax.loss_checks import check_loss
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
@@ -45,7 +45,7 @@ class Run:
     self.config = config
     self.loss = config.make_loss()
     self.follows = config.reference.sync_every > 0  # the policy (TR-DPO)
-    _check_loss(config, self.loss)
+    check_loss(config, self.loss)
     self.built = built or build(config)
     mesh = self.built.mesh
     _check_packed(config, self.built)
@@ -301,34 +301,4 @@ def _check_packed(config: Config, built: Built) -> None:
     raise ConfigError(
       "config.model.quantize needs config.model.remat=block; all layers would"
       " be kept unpacked for the backward otherwise"
-    )
-
-
-def _check_loss(config: Config, loss: losses.Loss) -> None:
-  """Refuses settings that the loss gives no meaning."""
-  if loss.needs_scores:
-    raise ConfigError(
-      f"config.loss.name={loss.name!r} reads the scores of a reward model;"
-      " training one is not part of this version, the function is:"
-      " losses.reward"
-    )
-  if config.reference.precompute and loss.mismatches:
-    raise ConfigError(
-      f"config.reference.precompute does not go with {loss.name!r}, whose"
-      " mismatched completions change from step to step"
-    )
-  if config.reference.sync_every and not loss.needs_reference:
-    raise ConfigError(
-      f"config.reference.sync_every: loss {loss.name!r} reads no reference that"
-      " could follow the policy"
-    )
-  if config.reference.sync_every and (config.lora.rank or config.lora.path):
-    raise ConfigError(
-      "config.reference.sync_every does not go with config.lora: a mean of"
-      " adapters is not the adapter of the mean"
-    )
-  if config.reference.sync_every and config.reference.precompute:
-    raise ConfigError(
-      "config.reference.sync_every moves the reference, so its log-probs cannot"
-      " be precomputed; leave config.reference.precompute off"
     )

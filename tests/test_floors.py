@@ -24,6 +24,7 @@ FLOORS = (
     "checksums",
     "lock",
     "config",
+    "loss_checks",
     "tabular",
     "collectives",
     "flops",

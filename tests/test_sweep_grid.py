@@ -115,6 +115,12 @@ def test_everything_wrong_is_said_at_once_in_one_line():
   assert message.endswith("; and 2 more")
 
 
+def test_what_a_run_would_refuse_is_refused_before_any_starts():
+  precomputed = base(**{"reference.precompute": True})
+  with pytest.raises(ConfigError, match=r"run 2 .*does not go with 'kto'"):
+    expand(precomputed, sweep.listed("loss.name", "dpo", "kto"))
+
+
 def test_no_override_at_all_is_refused():
   with pytest.raises(ConfigError, match="yields no overrides"):
     expand(base(), [])

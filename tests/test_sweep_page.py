@@ -83,11 +83,11 @@ def test_plots_are_across_runs(sweep):
   page = render_page(sweep, rows_of(sweep))
   charts = re.findall(r'<svg.*?aria-label="([^"]*)"', page)
   assert [c.partition(":")[0] for c in charts] == [
-    "Held-out loss",
     "Held-out KL estimate",
+    "Held-out loss",
   ]
-  assert "0.1 0.591 at 10" in charts[0]
-  assert "0.2 0.341 at 10" in charts[0]
+  assert "0.1 0.591 at 10" in charts[1]
+  assert "0.2 0.341 at 10" in charts[1]
   assert "--run0:hsl(" in page and "color:var(--run1)" in page
   (picture,) = (a["src"] for tag, a in parsed(page) if tag == "img")
   svg = base64.b64decode(picture.partition("base64,")[2]).decode()

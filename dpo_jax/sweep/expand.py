@@ -16,6 +16,7 @@ import ml_collections
 
 from dpo_jax.config import Config, flatten, from_dict
 from dpo_jax.errors import ConfigError, UserError
+from dpo_jax.loss_checks import check_loss
 
 FUNCTION = "get_sweep"
 _NAME_LENGTH = 80  # most characters of what comes before the hash
@@ -113,7 +114,7 @@ def _run(base: ml_collections.ConfigDict, override: Any) -> SweepRun:
       text = re.sub(r"\s+", " ", str(e)).strip()
       raise ConfigError(f"{key}={value!r}: {text}") from e
   typed = from_dict(config.to_dict())
-  typed.make_loss()
+  check_loss(typed, typed.make_loss())
   set_to = flatten(config.to_dict())
   override = {key: set_to[key] for key in override}
   return SweepRun(_identifier(typed, override), override, typed)

@@ -37,17 +37,17 @@ img{max-width:100%;height:auto}
 """
 # (column of the table, title, unit, whether values are far apart)
 _PANELS = (
-  ("loss", "Held-out loss", "of each run's own", False),
+  ("loss", "Held-out loss", "each method has its own", True),
   ("accuracy", "Held-out accuracy", "fraction of pairs", False),
-  ("margin", "Held-out margin", "reward (β × nats)", True),
+  ("margin", "Held-out margin", "reward (β × nats)", False),
   ("reward", "True reward", "mean of answers", False),
-  ("kl", "KL to reference", "nats per response", True),
+  ("kl", "KL to reference", "nats per response", False),
 )
 _CURVES = (
-  ("loss", "Held-out loss", "loss"),
   ("rewards/accuracies", "Held-out accuracy", "fraction of pairs"),
   ("rewards/margins", "Held-out margin", "reward (β × nats)"),
   ("kl", "Held-out KL estimate", "nats per response"),
+  ("loss", "Held-out loss", "of each run's own"),
 )
 _LABEL = 21  # most characters beside a row of the picture
 _FEW = 6  # curves that still have a label of their own each
