@@ -45,6 +45,8 @@ def describe(config: Config) -> str:
     f" scored, up to {plan.shape.examples} examples;"
     f" {'/'.join(map(str, plan.row_counts))} rows a step,"
     f" {plan.fill():.0%} filled",
+    f"work        {run.ideal_flops(1) / 1e9:,.4g} GFLOP of products for the"
+    f" {plan.tokens(0):,} tokens of step 1, at least",
     *memory.render(memory.held(run)),
     "row 0",
     render_row(batch, 0, built.tokenizer),

@@ -106,7 +106,7 @@ class Run:
     shape = self.built.model.config
     work = flops.work(shape, prompts, responses)
     total = self._costs.forward(work, adapters=True)
-    if self.loss.needs_reference and self.train_plan.reference is None:
+    if self.loss.needs_reference and not c.reference.precompute:
       has_adapters = bool(c.lora.path and not c.reference.path)
       total += self._costs.forward(work, adapters=has_adapters)
     if self.loss.mismatches:  # those completions have no gradient

@@ -217,6 +217,7 @@ def test_a_dry_run_shows_shapes_and_the_first_row_and_writes_nothing(tmp_path):
     "loss        dpo {'beta': 0.1, 'label_smoothing': 0.0}, with a reference",
     "10 examples to train, 2 held out",
     "steps       3 of 4 examples",
+    "GFLOP of products for the",
     "dropped     none",
     "MiB a device",
     "row 0",

@@ -419,3 +419,37 @@ def test_a_step_outside_the_plan_is_an_index_error():
   for step in (-1, 2):
     with pytest.raises(IndexError, match=f"step {step}"):
       plan[step]
+
+
+def test_processes_read_their_own_rows_and_have_the_batch_together(monkeypatch):
+  x, read = pairs(), []
+  settings = {
+    "batch_size": 16,
+    "steps": 3,
+    "rows_multiple": 4,
+    "row_length": 64,
+  }
+  whole = Plan(x, **settings)
+  parts = [
+    Plan(x, **settings, local_rows=lambda n, k=k: np.arange(n) % 2 == k)
+    for k in (0, 1)
+  ]
+  real = Plan._example
+  monkeypatch.setattr(
+    Plan, "_example", lambda plan, e, o: (read.append(e), real(plan, e, o))[1]
+  )
+  for step in range(3):
+    batch, ids = whole[step]
+    empty = empty_batch(len(ids), whole.shape)
+    for k, plan in enumerate(parts):
+      mine = np.arange(len(ids)) % 2 == k
+      read.clear()
+      part, known = plan[step]
+      assert sorted(read) == sorted(e for e in ids[mine].ravel() if e >= 0)
+      np.testing.assert_array_equal(known, ids)  # whose scores are whose
+      for ours, theirs, nothing in zip(part, batch, empty, strict=True):
+        if theirs is not None:
+          np.testing.assert_array_equal(ours[mine], theirs[mine])
+          np.testing.assert_array_equal(ours[~mine], nothing[~mine])
+      assert plan.tokens(step) == whole.tokens(step)
+      assert plan.rows(step) == whole.rows(step) == len(ids)
