@@ -5,14 +5,17 @@ where it is used, `tensor` splits heads and ffn. The rows of a batch are split
 over data and fsdp together, so a pair never crosses devices.
 """
 
+import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import ConfigError
@@ -48,24 +51,64 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 _PACKED = re.compile(r"/kernel/(qvalue|scale)$")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
   """A mesh over all devices; one size may be -1, "the rest".
 
+  Where devices come in several slices (TPU pods over a network, GPU hosts),
+  `data` goes across these, so that what fsdp and tensor move stays inside.
+
+  Args:
+    data: copies of the weights.
+    fsdp: parts of the weights.
+    tensor: parts of heads and ffn.
+    devices: all of jax if None.
+
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or cannot
+      be laid over slices: these differ in size, or are TPUs and more than
+      `data` has room for.
   """
   sizes = [data, fsdp, tensor]
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else list(devices)
   known = math.prod(s for s in sizes if s != -1)
-  if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
-    sizes[sizes.index(-1)] = devices // known
-  if math.prod(sizes) != devices or min(sizes) < 1:
+  if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
     raise ConfigError(
       f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover the"
-      f" {devices} devices; the sizes should multiply to {devices} (one may be"
-      " -1)"
+      f" {len(devices)} devices; the sizes should multiply to {len(devices)}"
+      " (one may be -1)"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes, devices) -> np.ndarray:
+  """Devices in the shape of the mesh."""
+  counts = collections.Counter(getattr(d, "slice_index", 0) for d in devices)
+  if len(set(counts.values())) > 1:
+    raise ConfigError(
+      f"slices of {sorted(counts.values())} devices cannot make one mesh; they"
+      " should be of one size"
+    )
+  n, (data, fsdp, tensor) = len(counts), sizes
+  # As `jax.make_mesh` has it, which refuses more than one slice.
+  split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+  options = {"devices": devices, "allow_split_physical_axes": split}
+  if n > 1 and data % n == 0:
+    inner, outer = (data // n, fsdp, tensor), (n, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
+  if n > 1 and devices[0].platform == "tpu":
+    raise ConfigError(
+      f"mesh data={data}, fsdp={fsdp}, tensor={tensor} over {n} slices: data"
+      f" should be a multiple of {n}, for fsdp and tensor stay inside a slice"
+    )
+  # GPU hosts are slices, too, and fsdp may span them.
+  return mesh_utils.create_device_mesh(sizes, **options)
 
 
 def batch_shards(mesh: Mesh) -> int:
