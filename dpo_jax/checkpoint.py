@@ -67,8 +67,9 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """Of the complete checkpoints, in order."""
-    return sorted(self._manager.all_steps())
+    """Of the complete checkpoints, in order; as the leader sees them, for file
+    systems that show a file to one process before another."""
+    return processes.lead(lambda: sorted(self._manager.all_steps()))
 
   def save(
     self,
@@ -222,9 +223,9 @@ class _Kept(_POLICIES.PreservationPolicy):
 
   def _value(self, step: int) -> float | None:
     if step not in self._values:
-      try:
-        value = read_meta(self._directory, step).get("value")
-      except DamagedError:
+      try:  # alone: orbax asks when it likes, maybe not in all processes
+        value = _document(pathlib.Path(self._directory, str(step)))["value"]
+      except Exception:  # damaged, which a restore will say
         return None
       good = value is not None and math.isfinite(value)
       self._values[step] = value if good else None
@@ -249,9 +250,7 @@ def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   place = pathlib.Path(directory).absolute() / str(step)
   document, error = None, None
   try:
-    document = ocp.JsonCheckpointHandler().restore(place / "meta")
-    if document.pop("digest") != _digest(document):
-      raise ValueError("its document was changed since it was written")
+    document = _document(place)
   except Exception as e:  # of damaged files orbax raises no narrower one
     error = e
   if not processes.all_agree(error is None):
@@ -272,6 +271,13 @@ def read_trained(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
     CheckpointError: other arrays are trained.
   """
   return _read(directory, step, {"params": abstract}, _read_part)["params"]
+
+
+def _document(place: pathlib.Path) -> dict[str, Any]:
+  document = ocp.JsonCheckpointHandler().restore(place / "meta")
+  if document.pop("digest") != _digest(document):
+    raise ValueError("its document was changed since it was written")
+  return document
 
 
 def _read(directory, step, abstract, read) -> Any:
