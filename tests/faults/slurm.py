@@ -6,7 +6,10 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import sys
 import time
+
+from dpo_jax.sweep import with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _CONF = """
@@ -111,7 +114,7 @@ class Slurm:
       if state == "PENDING":
         self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
-  def wait_for(self, condition, seconds: float = 90) -> None:
+  def wait_for(self, condition, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
       assert time.monotonic() < deadline, f"in vain: {self.states()}"
@@ -119,7 +122,10 @@ class Slurm:
 
   def _start(self, *command: str) -> None:
     log = (self.place / f"{command[0]}.out").open("w")
+    watched = [sys.executable, "-I", with_parent.__file__, str(os.getpid())]
     self._daemons.append(
-      subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+      subprocess.Popen(
+        [*watched, *command], env=self.environment, stdout=log, stderr=log
+      )
     )
     log.close()

@@ -136,17 +136,17 @@ def test_a_cancelled_task_saves_and_is_not_requeued(slurm, tmp_path):
 
 def test_a_run_of_two_processes_stops_and_continues_as_one(slurm, tmp_path):
   """JAX finds its processes on SLURM by itself."""
-  fewer = ("--config.train.steps=300", "--config.train.checkpoint_every=20")
+  fewer = ("--config.train.steps=160", "--config.train.checkpoint_every=10")
   launch(slurm, tmp_path, "--set=processes=2", *fewer)
   place = Place(tmp_path / "runs")
   slurm.wait_for(place.step)
   preempt(slurm)
   slurm.wait_for(lambda: list(slurm.states().values()) == ["PENDING"])
   before = place.step()
-  assert 0 < before < 300
+  assert 0 < before < 160
   slurm.hurry()
   slurm.wait_for(lambda: not slurm.states())
   assert place.state() is State.DONE
-  assert steps(place) == list(range(10, 301, 10))
+  assert steps(place) == list(range(10, 161, 10))
   (log,) = logs(tmp_path)
-  assert f"continuing at step {before} of 300" in log
+  assert f"continuing at step {before} of 160" in log
