@@ -233,6 +233,8 @@ class StopSignal:
       self.__exit__()
       if count() > 1:
         os._exit(128 + one)
+      if signal.getsignal(one) is signal.SIG_IGN:  # as in a shell's background
+        signal.signal(one, signal.SIG_DFL)
       signal.raise_signal(one)
 
 

@@ -43,11 +43,15 @@ def test_one_request_may_arrive_twice(monkeypatch):
 def test_a_second_request_ends_at_once(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
-  with StopSignal() as stop, stop.between_steps():
-    signal.raise_signal(signal.SIGINT)
-    now[0] += 2
-    with pytest.raises(KeyboardInterrupt):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with StopSignal() as stop, stop.between_steps():
       signal.raise_signal(signal.SIGINT)
+      now[0] += 2
+      with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def test_signals_are_given_back():
