@@ -26,7 +26,8 @@ CASES = {
 def measured(folder, mesh, model, changes):
   """Totals by kind, and the least, of a run's step."""
   run = make_run(folder, mesh, model, **changes)
-  text = memory.compile_step(run).as_text()
+  compiled = memory.compile_step(run)
+  text, cost = compiled.as_text(), compiled.cost_analysis()
   found = collectives.read(text)
   trained, _ = run.trainable.split(run.built.abstract)
   least = collectives.least(
@@ -34,6 +35,7 @@ def measured(folder, mesh, model, changes):
     reference=run.abstract_reference() is not None,
   )  # fmt: skip
   return {
+    "cost": [cost["flops"], cost["bytes accessed"]],
     "least": least,
     "known": all(c.known for c in found),
     "rounded": all("bf16" in x for x in _before_gathers(text)),
@@ -100,6 +102,14 @@ def test_weights_are_rounded_before_they_are_gathered(on_eight):
   # This compiler has float32 collectives only, and so shows no smaller bytes.
   assert on_eight["bfloat16"]["rounded"]
   assert not on_eight["fsdp"]["rounded"]
+
+
+def test_a_device_of_eight_computes_what_one_alone_does(on_eight, tmp_path):
+  alone = measured(tmp_path, (1, 1, 1), *CASES["fsdp"][1:])
+  flops, accessed = on_eight["fsdp"]["cost"]
+  assert flops == pytest.approx(alone["cost"][0], rel=0.05)
+  # Fewer, by the weights and moments that it updates an eighth of.
+  assert 0.5 * alone["cost"][1] < accessed < 1.05 * alone["cost"][1]
 
 
 def test_rows_are_split_wherever_they_lay(on_eight):
