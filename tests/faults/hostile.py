@@ -200,6 +200,7 @@ def templates(folder):
 
 def files(folder):
   """The fuzzers of weights, indices and tokenizers, within the same limits."""
+  import jax
   import test_hf_files as weights
   import test_tokenizer_damage as tokenizers
 
@@ -214,6 +215,8 @@ def files(folder):
     wants = inspect.signature(test).parameters
     test(*[pathlib.Path(folder)] * ("tmp_path" in wants))
 
+  # The threads of the backend reserve a GiB of addresses and use little of it.
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
   limit(), guard(folder)
   return feed(some, run, ())
 
