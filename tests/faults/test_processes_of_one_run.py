@@ -1,5 +1,6 @@
 """One run in several processes: the same numbers, and no survivor alone."""
 
+import shutil
 import time
 
 import numpy as np
@@ -36,6 +37,20 @@ def test_one_and_two_processes_are_equal_to_the_bit(layouts):
 def test_four_processes_give_the_same_losses(layouts):
   ours, whole = losses(layouts / "4x2"), losses(layouts / "1x8")
   assert len(whole) == 10
+  np.testing.assert_allclose(ours, whole, rtol=3e-6)
+  np.testing.assert_allclose(ours[-1], whole[-1], rtol=1e-6)
+
+
+def test_what_two_processes_saved_one_continues(corpus, xla, layouts, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(layouts / "2x4", workdir)
+  shutil.rmtree(workdir / "checkpoints" / "10")
+  (workdir / "summary.json").unlink()
+  run = launch(corpus, workdir, devices=8, cache=xla)
+  assert run.wait() == [0]
+  assert "continuing at step 5 of 10" in run.log()
+  ours, whole = losses(workdir), losses(layouts / "2x4")
+  assert rows(workdir)[:5] == rows(layouts / "2x4")[:5]
   np.testing.assert_allclose(ours, whole, rtol=3e-6)
   np.testing.assert_allclose(ours[-1], whole[-1], rtol=1e-6)
 
