@@ -78,6 +78,15 @@ class Answerer:
       ]
     return Answers(prompts, responses, rewards, sampled)
 
+  def asked(self, rows: Sequence[dict]) -> bool:
+    """Whether rows of samples.jsonl are answers to these prompts, scored if
+    these are."""
+    prompts = [self._tokenizer.decode(p) for p in self.prompts]
+    return [row.get("prompt") for row in rows] == prompts and all(
+      (row.get("reward_before") is None) == (self.reward is None)
+      for row in rows
+    )
+
   def _score(self, prompt: str, response: str) -> float:
     try:
       return float(self.reward(prompt, response))

@@ -31,6 +31,14 @@ class DamagedError(CheckpointError):
   """A step that cannot be read, or does not hold what was written."""
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which asks JAX for SIGTERM by a count of its own otherwise: the
+  point at which all processes stop is one that the loop's count never has."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one work directory, for the run that owns it."""
 
@@ -54,7 +62,7 @@ class Checkpoints:
       for left in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     processes.wait("clean")
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_Kept(self.directory, max_to_keep, best),
@@ -142,8 +150,8 @@ class Checkpoints:
   def newest(
     self, abstract: Any, check: Callable[[dict], None], *, strict: bool = False
   ) -> tuple[int, dict[str, Any], Any]:
-    """Reads the newest step that is intact. Damaged ones are renamed to
-    damaged-N, out of the way and not lost.
+    """Reads the newest step that is intact. Damaged ones after it are renamed
+    to damaged-N, out of the way and not lost.
 
     Args:
       abstract: see `restore`.
@@ -156,20 +164,24 @@ class Checkpoints:
     Raises:
       DamagedError: with `strict`, the newest; else, none is intact.
     """
-    steps = self.steps()
+    steps, damaged = self.steps(), []
     for step in reversed(steps):
       try:
         document = read_meta(self.directory, step)
         check(document)
-        return step, document, self.restore(step, abstract)
+        state = self.restore(step, abstract)
       except DamagedError as e:
         if strict:
           raise
         _LOG.warning("DAMAGED CHECKPOINT, kept as damaged-%d: %s", step, e)
-        self._set_aside(step)
+        damaged.append(step)
+      else:
+        for other in damaged:  # only now: without a step, a run begins anew
+          self._set_aside(other)
+        return step, document, state
     raise DamagedError(
-      f"{self.directory}: none of the steps {steps} is intact (they are kept as"
-      " damaged-N); to start anew, take another work directory"
+      f"{self.directory}: none of the steps {steps} is intact; to start anew,"
+      " take another work directory"
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -300,7 +312,10 @@ def _read(directory, step, abstract, read) -> Any:
     raise _damaged(place, error) from error
   now = checksums.of_tree(tree)
   changed = [k for k in wanted if now[k] != document["checksums"].get(k)]
-  if changed:
+  # A copy may have been changed in one process only.
+  if not processes.all_agree(not changed):
+    if not changed:
+      raise _damaged(place, None)
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     error = ValueError(f"{changed[0]}{more} changed since it was written")
     raise _damaged(place, error)

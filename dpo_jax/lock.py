@@ -19,7 +19,8 @@ from dpo_jax.errors import ConfigError
 _LOG = logging.getLogger("dpo_jax")
 NAME = "running.json"
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 45.0  # without a beat, whoever held it is dead
+# Without a beat, whoever held it is dead; longer than file systems keep times.
+STALE_SECONDS = 90.0
 
 
 class Lock:
@@ -57,10 +58,12 @@ class Lock:
         file.close()
         raise self._taken() from None
       except OSError:  # a file system without locks: the heartbeat decides
-        pass
+        locks = False
+      else:
+        locks = True
       owner = self._owner()
-      elsewhere = owner and owner.get("host") != socket.gethostname()
-      if elsewhere and self._beats(file, owner):
+      here = owner and owner.get("host") == socket.gethostname()
+      if owner and not (locks and here) and self._beats(file, owner):
         file.close()
         raise self._taken()
       if self._is(file):
@@ -77,7 +80,8 @@ class Lock:
     if self._file is None:
       return
     self._ended.set()
-    self.path.unlink(missing_ok=True)
+    if self._is(self._file):
+      self.path.unlink(missing_ok=True)
     self._file.close()
     self._file = None
 
@@ -123,7 +127,9 @@ class Lock:
     while not self._ended.wait(self._beat):
       try:
         os.utime(file.fileno())
-      except (OSError, ValueError):  # closed, or the disk is gone
+      except OSError:  # of a file system that may come back
+        continue
+      except ValueError:  # closed
         return
 
   def _owner(self) -> dict | None:

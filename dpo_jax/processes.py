@@ -60,6 +60,8 @@ def start(
       " --coordinator, --processes and --process together (or, on SLURM, GKE"
       " and Cloud TPU, none of them)"
     )
+  if coordinator and not coordinator.rpartition(":")[2].isdigit():
+    raise ConfigError(f"--coordinator={coordinator} should be host:port")
   try:
     jax.distributed.initialize(
       coordinator or None,
@@ -122,9 +124,15 @@ def lead(decide: Callable[[], Any]) -> Any:
   if error:
     raise error
   if "error" in told:
-    kinds = {k.__name__: k for k in (UserError, *UserError.__subclasses__())}
-    raise kinds.get(told["kind"], UserError)(told["error"])
+    raise _kinds(UserError).get(told["kind"], UserError)(told["error"])
   return told["value"]
+
+
+def _kinds(kind: type[UserError]) -> dict[str, type[UserError]]:
+  found = {kind.__name__: kind}
+  for below in kind.__subclasses__():
+    found |= _kinds(below)
+  return found
 
 
 def share(tree: Any) -> Any:
@@ -160,6 +168,8 @@ def end(status: int) -> None:
     sys.exit(status)
   sys.stdout.flush()
   sys.stderr.flush()
+  if status == 2 and leads():
+    time.sleep(2)  # what all were told all should get to say
   if status == STOPPED and many:
     jax.distributed.shutdown()
   os._exit(status)
@@ -170,7 +180,7 @@ def end(status: int) -> None:
 STOPPED = 75
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # or what guards against any error caught it
   """A signal asked the run to stop; the same command continues it."""
 
 
@@ -181,7 +191,7 @@ class StopSignal:
   they only make `stop.requested()` true, and a second one, a while later,
   acts as if nobody had caught it. Many: JAX tells all processes of a SIGTERM
   to one, and the question is answered alike at the same call, so all must ask
-  it at the same points; outside of steps they go on.
+  it at the same points; outside of steps, and at a second SIGTERM, they go on.
   """
 
   def __init__(self):

@@ -143,8 +143,14 @@ class StepLog:
     if self._skipped:
       examples = self._run.train_plan.members(step - 1)
       rows = self._run.data.train.rows[examples]
-      with self._skipped.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
+      line = json.dumps({"step": step, "rows": rows.tolist()}) + "\n"
+      try:
+        with self._skipped.open("a", encoding="utf-8") as file:
+          file.write(line)
+      except OSError as e:
+        raise UserError(
+          f"{self._skipped}: cannot be written: {e.strerror}"
+        ) from e
     limit = self._run.config.train.max_skipped
     if self._skipped_in_a_row >= limit:
       raise UserError(

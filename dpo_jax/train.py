@@ -1,6 +1,7 @@
 """The loop: a run from its start, or from where it stopped, to its report."""
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -53,7 +54,13 @@ def train(
   with StopSignal() as stop:
     processes.lead(lambda: place.check(config, allow))
     run = Run(config)
+    _check_all_alike(run)
     best = config.train.keep_best.partition(" ")[0]
+    if best and run.eval_plan is None:
+      raise ConfigError(
+        f"config.train.keep_best={config.train.keep_best!r} needs held-out"
+        " data; set config.data.eval_rows or config.data.eval_source"
+      )
     with (
       place.claimed(config, allow),
       Checkpoints(
@@ -96,7 +103,7 @@ class _Training:
     reference = run.load_reference(state.params, frozen)
     state = run.with_reference(state, reference)
     answerer = run.answerer()
-    if answerer and not processes.lead(place.samples.exists):
+    if answerer and not processes.lead(lambda: self._answered(answerer)):
       self._answer_before(answerer, join(frozen, state.params))
     start = 0
     if steps:
@@ -181,6 +188,8 @@ class _Training:
     if result is None:
       return True
     self.log.writer.write(step, "eval", result.means)
+    if best := run.config.train.keep_best:
+      _named(result.means, best.split()[1])  # before steps are lost to a typo
     self.evaluated = step, result.means
     return False
 
@@ -230,6 +239,11 @@ class _Training:
         " another work directory"
       )
 
+  def _answered(self, answerer: Answerer) -> bool:
+    """Whether there are answers to the same prompts from before any step."""
+    rows = self.place.read_samples()
+    return rows is not None and answerer.asked(rows)
+
   def _answer_before(self, answerer: Answerer, policy) -> None:
     rows = sample_rows(answerer(policy))
     if processes.leads():
@@ -250,6 +264,19 @@ class _Training:
       run_name=log.name,
       config=self.run.config.to_dict(),
       resume_step=start,
+    )
+
+
+def _check_all_alike(run: Run) -> None:
+  """Raises ConfigError where the processes of a run were not given the same."""
+  given = run.config.to_dict()
+  del given["data"]["cache_dir"]  # may be each host's own
+  mine = json.dumps([given, run.identity()], sort_keys=True)
+  alike = processes.lead(lambda: mine) == mine
+  if not processes.all_agree(alike):
+    raise ConfigError(
+      "the processes of this run have other settings, weights or data than the"
+      " first; give all of them the same"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_jax import processes
+from dpo_jax.checkpoint import saved_steps
 from dpo_jax.config import Config, differences, without
 from dpo_jax.errors import ConfigError
 from dpo_jax.lock import Lock
@@ -86,14 +87,15 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         lock.take()
         self._begin(config, allow)
+        return lock.path.read_text()
       except OSError as e:
         raise ConfigError(
           f"work directory {self.path}: {e.strerror or e}"
         ) from e
 
     try:
-      processes.lead(claim)
-      if not processes.all_agree(_appears(lock.path)):
+      owner = processes.lead(claim)
+      if not processes.all_agree(_appears(lock.path, owner)):
         raise ConfigError(
           f"work directory {self.path}: not all processes of the run see it;"
           " it should lie on a file system that all hosts share"
@@ -107,10 +109,10 @@ class Workdir:
     if self.config.exists() and self._differences(config, allow):
       for file in (self.samples, self.metrics, self.skipped):
         file.unlink(missing_ok=True)
-    self.write_json(
-      self.config,
-      {"config": config.to_dict(), "identity": config.identity()},
-    )
+    mine = {"config": config.to_dict(), "identity": config.identity()}
+    text = json.dumps(mine, indent=2, default=str) + "\n"
+    if not self.config.exists() or self.config.read_text() != text:
+      self.write_text(self.config, text)
 
   def write_json(self, path: pathlib.Path, value: Any) -> None:
     self.write_text(path, json.dumps(value, indent=2, default=str) + "\n")
@@ -121,13 +123,22 @@ class Workdir:
   def write_text(self, path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+      with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a lost machine leaves a name and no text
+      part.replace(path)
+    except OSError as e:
+      raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
 
   def forget_skipped(self, step: int) -> None:
     """Leaves out of skipped.jsonl what comes after a step, to come again."""
     if self.skipped.exists():
-      rows = map(json.loads, self.skipped.read_text().splitlines())
+      rows = []
+      for line in self.skipped.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a last one that was cut
+          rows.append(json.loads(line))
       self.write_jsonl(self.skipped, [r for r in rows if r["step"] <= step])
 
   def read_samples(self) -> list[dict] | None:
@@ -150,7 +161,7 @@ class Workdir:
 
   def _begun(self) -> bool:
     """Whether there is anything to continue or to lose."""
-    return any(self.checkpoints.glob("[0-9]*")) or self.summary.exists()
+    return bool(saved_steps(self.checkpoints)) or self.summary.exists()
 
   def read_summary(self) -> dict[str, Any]:
     return self._read(self.summary)
@@ -162,10 +173,11 @@ class Workdir:
       raise ConfigError(f"{path}: cannot be read: {e}") from e
 
 
-def _appears(path: pathlib.Path, seconds: float = 10.0) -> bool:
-  """Whether a file is there, or soon is: shared file systems may lag."""
+def _appears(path: pathlib.Path, text: str, seconds: float = 10.0) -> bool:
+  """Whether a file with that text is there, or soon is: shared file systems may
+  lag."""
   ends = time.monotonic() + seconds
-  while not path.exists():
+  while not path.exists() or path.read_text() != text:
     if time.monotonic() > ends:
       return False
     time.sleep(0.1)

@@ -116,9 +116,10 @@ def test_where_nothing_is_intact_nothing_starts_from_scratch(written, tmp_path):
   place = shutil.copytree(written, tmp_path / "steps")
   for step in ("1", "2"):
     damage_state(place / step)
-  with Checkpoints(place) as saved, pytest.raises(DamagedError, match="none"):
-    saved.newest(abstract(), accept)
-  assert {p.name for p in place.iterdir()} >= {"damaged-1", "damaged-2"}
+  for _ in range(2):  # nor at the next attempt
+    with Checkpoints(place) as saved, pytest.raises(DamagedError, match="none"):
+      saved.newest(abstract(), accept)
+    assert saved_steps(place) == [1, 2]
 
 
 def test_a_step_that_was_set_aside_can_be_written_again(written, tmp_path):

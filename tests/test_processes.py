@@ -61,6 +61,11 @@ def test_signals_are_given_back():
   assert [signal.getsignal(n) for n in BOTH] == before
 
 
+def test_an_address_without_a_port_is_refused():
+  with pytest.raises(ConfigError, match="host:port"):
+    processes.start("host0", 2, 0)
+
+
 @pytest.mark.parametrize(
   "given",
   [

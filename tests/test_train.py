@@ -6,6 +6,7 @@ import logging
 import pathlib
 import runpy
 import shutil
+import signal
 import weakref
 from unittest import mock
 
@@ -27,6 +28,7 @@ from dpo_jax.errors import CheckpointError, ConfigError, UserError
 from dpo_jax.models import hf
 from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
+from dpo_jax.workdir import Workdir
 from dpo_jax.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -478,3 +480,67 @@ def test_a_reference_of_another_config_is_refused(corpus, finished, tmp_path):
   run = Run(config)
   with pytest.raises(CheckpointError, match="another config"):
     run.load_reference(None, {})
+
+
+def test_a_metric_that_is_not_there_is_refused_before_steps_are_lost(
+  corpus, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train_module, "_batches", pytest.fail)
+  typo = {"train.keep_best": "min losss", "sample.prompts": 0}
+  with pytest.raises(ConfigError, match="no metric 'losss'"):
+    train(small_config(corpus, **typo), tmp_path / "run")
+  nothing = {"train.keep_best": "min loss", "data.eval_rows": 0}
+  with pytest.raises(ConfigError, match="needs held-out data"):
+    train(small_config(corpus, **nothing), tmp_path / "other")
+
+
+def test_a_signal_while_restoring_damages_nothing(
+  corpus, finished, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[1], workdir)
+  (workdir / "summary.json").unlink()
+
+  def read(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "_read_state", read)
+    with pytest.raises(Stopped):
+      train(small_config(corpus), workdir)
+  assert checkpoint.saved_steps(workdir / "checkpoints") == [4, 6]
+  assert train(small_config(corpus), workdir)["steps"] == STEPS
+
+
+def test_a_line_that_was_cut_does_not_block_a_run(corpus, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[1], workdir)
+  (workdir / "summary.json").unlink()
+  (workdir / "skipped.jsonl").write_text('{"step": 2, "rows": [1]}\n{"step": ')
+  train(small_config(corpus), workdir)
+  assert (workdir / "skipped.jsonl").read_text() == (
+    '{"step": 2, "rows": [1]}\n'
+  )
+
+
+def test_other_prompts_are_answered_anew(corpus, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[1], workdir)
+  (workdir / "summary.json").unlink()
+  config = small_config(corpus, **{"sample.prompts": 3})
+  train(config, workdir, allow=["sample.prompts"])
+  lines = (workdir / "samples.jsonl").read_text().splitlines()
+  assert len(lines) == 3 and all("after" in json.loads(x) for x in lines)
+
+
+def test_an_interrupted_first_save_does_not_block_its_directory(
+  corpus, tmp_path
+):
+  config = small_config(corpus, **{"loss.beta": 0.3})
+  place = Workdir(tmp_path / "run")
+  with place.claimed(config):
+    (place.checkpoints / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+  place.check(small_config(corpus))
+  (place.checkpoints / "2").mkdir()
+  with pytest.raises(ConfigError, match="another run"):
+    place.check(small_config(corpus))

@@ -49,8 +49,10 @@ def evaluate(self, step, *rest, real=train_module._Training._evaluate):
 
 def save(self, step, *rest, real=checkpoint.Checkpoints.save):
   real(self, step, *rest)
-  if KIND == "save" and step == int(STEP):
+  mine = processes.number() == int(PROCESS)
+  if KIND == "save" and step == int(STEP) and mine:
     signal.raise_signal(signal.SIGTERM)
+    time.sleep(2)  # as large arrays would take
 
 
 def term_soon():

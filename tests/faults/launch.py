@@ -77,6 +77,7 @@ def launch(
   cache=None,
   fault="",
   workdirs=None,
+  last=(),
 ) -> Running:
   """Starts a run on a corpus and returns at once.
 
@@ -90,6 +91,7 @@ def launch(
     cache: folder of compiled programs to share.
     fault: see `faulty_train`.
     workdirs: names beside `workdir`, one for each process, instead of it.
+    last: further flags of the last process.
   """
   script = ROOT / "scripts" / "train.py"
   if fault:
@@ -124,6 +126,7 @@ def launch(
         f"--coordinator=127.0.0.1:{port}", f"--processes={processes}",
         f"--process={i}", f"--heartbeat_seconds={heartbeat}",
       ]  # fmt: skip
+      command += last if i == processes - 1 else ()
     files.append(logs / f"{attempt}-{i}.txt")
     with files[-1].open("w") as out:
       started.append(

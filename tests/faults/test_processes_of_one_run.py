@@ -107,6 +107,16 @@ def test_a_process_that_does_not_see_the_directory_is_told(
   assert "all processes of the run see it" in run.log(0) + run.log(1)
 
 
+def test_processes_of_other_settings_are_told(corpus, xla, tmp_path):
+  run = launch(
+    corpus, tmp_path / "run", processes=2, cache=xla, heartbeat=5,
+    last=["--config.optim.learning_rate=0.1"],
+  )  # fmt: skip
+  assert run.wait(60) == [2, 2]
+  assert "have other settings, weights or data" in run.log(0)
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_half_of_an_address_is_one_line(corpus, tmp_path):
   run = launch(corpus, tmp_path / "run", "--processes=2")
   assert run.wait() == [2]

@@ -74,3 +74,18 @@ def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(
   if told == 0:
     assert launch(corpus, whole, *flags, **options).wait() == [0, 0]
     assert checksums(workdir) == checksums(whole)
+
+
+def test_a_signal_while_two_processes_save_is_not_lost(corpus, xla, tmp_path):
+  options = {"processes": 2, "cache": xla}
+  flags = (
+    "--config.train.steps=60", "--config.train.checkpoint_every=5",
+    "--config.train.eval_every=3",
+  )  # fmt: skip
+  run = launch(corpus, tmp_path / "run", *flags, **options, fault="save 0 10")
+  assert run.wait(120) == [75, 75]
+  assert 10 <= saved(tmp_path / "run")[-1] <= 13
+  # Continued, the loop counts anew and steps do not.
+  run = launch(corpus, tmp_path / "run", *flags, **options, fault="save 1 20")
+  assert run.wait(120) == [75, 75]
+  assert 20 <= saved(tmp_path / "run")[-1] <= 23
