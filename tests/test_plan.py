@@ -12,6 +12,7 @@ from dpo_jax.data.pack import (
   empty_batch,
   fill_row,
   first_fit_decreasing,
+  rows_needed,
   token_cost,
 )
 from dpo_jax.data.plan import Plan
@@ -175,6 +176,41 @@ def test_first_fit_decreasing_by_hand():
   shape = RowShape(tokens=10, scored=10, examples=9)
   rows = first_fit_decreasing([3, 6, 2, 5, 4], [1] * 5, shape)
   assert rows == [[1, 4], [3, 0, 2]]
+
+
+@pytest.mark.parametrize(
+  "shape", [RowShape(40, 30, 9), RowShape(40, 60, 3), RowShape(60, 20, 60)]
+)
+def test_rows_are_counted_of_many_batches_as_they_are_packed_one_by_one(shape):
+  rng = np.random.default_rng(shape.examples)
+  sizes = rng.integers(1, 19, (2, 200, 50))
+  tokens, scored = sizes.max(axis=0), sizes.min(axis=0)
+  tokens[-1, 7:] = scored[-1, 7:] = 0  # a batch of seven
+  packed = [
+    len(first_fit_decreasing(t[t > 0].tolist(), s.tolist(), shape))
+    for t, s in zip(tokens, scored, strict=True)
+  ]
+  assert rows_needed(tokens, scored, shape).tolist() == packed
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_plan_counts_the_rows_that_its_steps_take(shuffle, monkeypatch):
+  monkeypatch.setattr(
+    "dpo_jax.data.plan._AT_ONCE", 64
+  )  # five parts, one ragged
+  x = pairs(n=130)
+  plan = Plan(x, batch_size=16, shuffle=shuffle, row_counts=99, row_length=64)
+  rows = [int((p.batch.weights.sum(axis=1) > 0).sum()) for p in plan]
+  assert [plan.rows(s) for s in range(len(plan))] == rows
+
+
+def test_the_members_of_a_step_are_those_of_the_permutations():
+  plan = Plan(pairs(n=7), batch_size=5, steps=9, seed=3)
+  epochs = [np.random.default_rng([3, e]).permutation(7) for e in range(7)]
+  order = np.concatenate(epochs)
+  for step in range(9):
+    expected = order[5 * step : 5 * step + 5]
+    assert plan.members(step).tolist() == expected.tolist()
 
 
 def test_ties_keep_their_order():

@@ -80,6 +80,46 @@ def first_fit_decreasing(
   return rows
 
 
+def rows_needed(
+  tokens: np.ndarray, scored: np.ndarray, shape: RowShape
+) -> np.ndarray:
+  """How many rows `first_fit_decreasing` makes of each of many batches, which
+  are gone through side by side: a run plans all of its steps.
+
+  Args:
+    tokens: i[S n], row tokens of the examples of S batches; 0 where one has
+      fewer examples.
+    scored: i[S n], their scored tokens.
+    shape: as there.
+
+  Returns:
+    i64[S].
+  """
+  batches, n = tokens.shape
+  order = np.argsort(-tokens, axis=1, kind="stable")
+  tokens, scored = (
+    np.ascontiguousarray(np.take_along_axis(x, order, 1).T, np.int32)
+    for x in (tokens, scored)
+  )
+  left_tokens, left_scored, places = (
+    np.full((batches, n), size, np.int32)
+    for size in (shape.tokens, shape.scored, shape.examples)
+  )
+  every = np.arange(batches)
+  rows = np.zeros(batches, np.int64)
+  for t, s in zip(tokens, scored, strict=True):
+    opened = min(int(rows.max(initial=0)) + 1, n)  # and one new one, that fits
+    fits = left_tokens[:, :opened] >= t[:, None]
+    fits &= left_scored[:, :opened] >= s[:, None]
+    row = fits.argmax(axis=1)
+    at = every, row
+    places[at] -= 1
+    left_tokens[at] = np.where(places[at] > 0, left_tokens[at] - t, -1)
+    left_scored[at] -= s
+    rows = np.maximum(rows, np.where(t > 0, row + 1, 0))
+  return rows
+
+
 def empty_batch(rows: int, shape: RowShape) -> Batch:
   """A batch of padding only, as numpy arrays to be filled."""
 

@@ -8,7 +8,7 @@ and any number of hosts computes the same plan.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from dpo_jax.data.pack import (
   empty_batch,
   fill_row,
   first_fit_decreasing,
+  rows_needed,
   token_cost,
 )
 from dpo_jax.errors import ConfigError
@@ -27,6 +28,7 @@ from dpo_jax.errors import ConfigError
 _LOG = logging.getLogger("dpo_jax")
 _MAX_EXAMPLES = 64  # a row
 _SAMPLE = 32  # steps looked at to choose the shape of a row
+_AT_ONCE = 2**18  # examples whose rows are counted side by side
 
 
 class Planned(NamedTuple):
@@ -97,9 +99,7 @@ class Plan:
       )
     self._steps = -(-len(examples) // batch_size) if steps is None else steps
     self.shape = self._choose_shape(row_length, scored_multiple)
-    needed = np.array(
-      [len(self._rows(s)) for s in range(self._steps)], np.int64
-    )
+    needed = self._rows_needed(range(self._steps), self.shape)
     needed = -(-needed // rows_multiple) * rows_multiple
     self.row_counts = _few_levels(needed, row_counts)
     self._row_count = self.row_counts[np.searchsorted(self.row_counts, needed)]
@@ -132,10 +132,11 @@ class Plan:
     places = np.arange(start, start + self.batch_size)
     if not self.shuffle:
       return places[places < n]
-    epochs = np.divmod(places, n)
-    return np.array(
-      [_permutation(self.seed, e, n)[i] for e, i in zip(*epochs, strict=True)]
-    )
+    epochs, places = np.divmod(places, n)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+      here = epochs == epoch
+      places[here] = _permutation(self.seed, epoch, n)[places[here]]
+    return places
 
   def rows(self, step: int) -> int:
     """Rows of a step's batch, its shape but for what all batches share; for all
@@ -198,13 +199,27 @@ class Plan:
       x.prompt(e), first, second, bool(x.desirable[e]), tuple(rest)
     )
 
-  def _rows(self, step: int, shape: RowShape | None = None) -> list[list[int]]:
+  def _rows(self, step: int) -> list[list[int]]:
+    tokens, scored = self._sizes(step)
+    return first_fit_decreasing(tokens.tolist(), scored.tolist(), self.shape)
+
+  def _rows_needed(self, steps: Sequence[int], shape: RowShape) -> np.ndarray:
+    """`len(_rows(step))` of many steps at once, i64[S]."""
+    needed = np.zeros(len(steps), np.int64)
+    at_once = max(1, _AT_ONCE // self.batch_size)
+    for i in range(0, len(steps), at_once):
+      some = steps[i : i + at_once]
+      sizes = np.zeros((2, len(some), self.batch_size), np.int64)
+      for k, step in enumerate(some):
+        tokens, scored = self._sizes(step)
+        sizes[:, k, : len(tokens)] = tokens, scored
+      needed[i : i + at_once] = rows_needed(*sizes, shape)
+    return needed
+
+  def _sizes(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row tokens and scored tokens of a step's examples, i[n] each."""
     prompts, lengths = self.lengths(step)
-    return first_fit_decreasing(
-      token_cost(prompts, *lengths.T).tolist(),
-      lengths.sum(axis=1).tolist(),
-      shape or self.shape,
-    )
+    return token_cost(prompts, *lengths.T), lengths.sum(axis=1)
 
   def _choose_shape(self, row_length: int, multiple: int) -> RowShape:
     x = self.examples
@@ -231,10 +246,10 @@ class Plan:
     sizes = [row_length] if row_length else [least, 2 * least, 4 * least]
     steps = np.unique(
       np.linspace(0, self._steps - 1, min(_SAMPLE, self._steps)).astype(int)
-    )
+    ).tolist()
 
     def rows(shape):
-      return sum(len(self._rows(int(s), shape)) for s in steps)
+      return int(self._rows_needed(steps, shape).sum())
 
     # Longer rows pack better and cost more attention: worth it from 5 % on.
     best, shape = np.inf, None
