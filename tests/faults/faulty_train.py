@@ -1,18 +1,27 @@
 """scripts/train.py with a fault: FAULT="KIND PROCESS STEP" in the environment.
 
 Before the step is taken, in that process: "raise" raises, "stall" sleeps for
-five seconds, "term" and "int" send it the signal. "eval" sends SIGTERM when
-the evaluation of that step begins, "save" when its checkpoint is being written,
+five seconds and "hang" for an hour, "term" and "int" send it the signal. From
+that step on: "slow" takes half a second longer for each, "full" lets no file
+grow beyond 64 kB, as on a disk that is full. "eval" sends SIGTERM when the
+evaluation of that step begins, "save" when its checkpoint is being written,
 "compile" when the program of the first step is being made.
+
+Of many processes each keeps the programs it compiled: JAX lets the first one
+write them, and in the others they have another key.
 """
 
 import os
 import pathlib
+import resource
 import runpy
 import signal
 import sys
 import threading
 import time
+import types
+
+from jax._src import compiler
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,16 +37,22 @@ def guilty_function():
     raise RuntimeError("this one is guilty")
   if KIND == "stall":
     time.sleep(5)
+  if KIND == "hang":
+    time.sleep(3600)
   if KIND == "term":
     os.kill(os.getpid(), signal.SIGTERM)
   if KIND == "int":
     os.kill(os.getpid(), signal.SIGINT)
+  if KIND == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 
 
 def batches(run, start, real=train_module._batches):
   for step, batch in real(run, start):
     if step == int(STEP) and processes.number() == int(PROCESS):
       guilty_function()
+    if KIND == "slow" and step >= int(STEP):
+      time.sleep(0.5)
     yield step, batch
 
 
@@ -67,6 +82,17 @@ def start(self, real=train_module.Run.start):
   return real(self)
 
 
+def cache_write(*rest, real=compiler._cache_write):
+  state = types.SimpleNamespace(process_id=0)
+  compiler.distributed = types.SimpleNamespace(global_state=state)
+  try:
+    real(*rest)
+  finally:
+    compiler.distributed = distributed
+
+
+distributed = compiler.distributed
+compiler._cache_write = cache_write
 train_module._batches = batches
 train_module._Training._evaluate = evaluate
 checkpoint.Checkpoints.save = save

@@ -15,7 +15,11 @@ from dpo_jax.metrics import CLOCKED
 from dpo_jax.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Half of the time to compile; the bits of ten steps are those without it.
+QUICKLY = "--xla_backend_optimization_level=1"
 TINY = ROOT / "tests" / "faults" / "tiny.py"
+# Of two processes, long enough to be stopped and killed on the way.
+STEPS_OF_TWO = "--config.train.steps=40"
 
 
 class Running:
@@ -94,19 +98,20 @@ def launch(
     last: further flags of the last process.
   """
   script = ROOT / "scripts" / "train.py"
-  if fault:
+  if fault or processes > 1:
     script = ROOT / "tests" / "faults" / "faulty_train.py"
   workdir = pathlib.Path(workdir)
   logs = workdir.with_name(workdir.name + ".logs")
   logs.mkdir(parents=True, exist_ok=True)
   attempt = len(list(logs.iterdir()))
   env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}",
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
-    "FAULT": fault,
+    "FAULT": fault or "none 0 0",
   }
+  env.pop("PYTHONDONTWRITEBYTECODE", None)  # a hundred runs read our modules
   if cache:
     env |= {
       "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -10,42 +10,16 @@ import pytest
 
 from faults.launch import ROOT, TINY, checksums, launch, rows, saved
 
-FULL = """
-import resource, runpy, sys
-# A file that grows beyond this is refused, as on a disk that is full.
-_, size, *sys.argv = sys.argv
-size = int(size)
-import dpo_jax.train as train
-real = train._batches
-def batches(run, start):
-  for step, batch in real(run, start):
-    if step == 4:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    yield step, batch
-train._batches = batches
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 def test_a_full_disk_is_said_at_once_and_leaves_the_steps_before(
   corpus, xla, straight, tmp_path
 ):
-  """Saves at every step; from the fourth on no file may pass 8 kB."""
+  """Saves at every step; from the fourth on no file may pass 64 kB."""
   workdir = tmp_path / "run"
-  done = subprocess.run(
-    [
-      sys.executable, "-c", FULL, "8000", str(ROOT / "scripts" / "train.py"),
-      f"--config={TINY}:{corpus}", f"--workdir={workdir}",
-      "--config.train.checkpoint_every=1",
-    ],
-    capture_output=True, text=True, check=False, cwd=ROOT,
-    env=os.environ | {
-      "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": str(xla),
-    },
-  )  # fmt: skip
-  assert done.returncode == 2, done.stderr[-3000:]
-  (error,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+  often = "--config.train.checkpoint_every=1"
+  run = launch(corpus, workdir, often, cache=xla, fault="full 0 4")
+  assert run.wait() == [2], run.log()
+  (error,) = [x for x in run.log().splitlines() if x.startswith("error:")]
   assert error.startswith(f"error: {workdir}/checkpoints: saving failed")
   assert "bytes free" in error and "is there to continue from" in error
   assert saved(workdir)[-1] in (2, 3, 4)
@@ -106,17 +80,16 @@ def test_a_work_directory_that_cannot_be_is_refused_before_compiling(
 def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(
   corpus, xla, tmp_path
 ):
-  forever = "--config.train.steps=100000"
-  first = launch(corpus, tmp_path / "run", forever, cache=xla)
+  first = launch(corpus, tmp_path / "run", cache=xla, fault="hang 0 2")
   first.until("step 1/")
-  second = launch(corpus, tmp_path / "run", forever, cache=xla)
+  second = launch(corpus, tmp_path / "run", cache=xla)
   assert second.wait(60) == [2]
   pid = first.processes[0].pid
   assert f"a run is going on in it (process {pid} on" in second.log()
   assert first.processes[0].poll() is None
   first.kill()
   first.wait()
-  third = launch(corpus, tmp_path / "run", forever, cache=xla)
+  third = launch(corpus, tmp_path / "run", cache=xla)
   third.until("left by a run that died")
   third.kill()
   third.wait()

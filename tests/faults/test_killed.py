@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from faults.launch import checksums, launch, rows, saved
+from faults.launch import STEPS_OF_TWO, checksums, launch, rows, saved
 
 STEPS = 120
 SAVES_OFTEN = (
@@ -54,14 +54,12 @@ def test_twenty_kills_at_random_moments_change_no_bit(
   assert left(workdir) == []
 
 
-def test_kills_of_either_of_two_processes_change_no_bit(corpus, xla, tmp_path):
+def test_kills_of_either_of_two_processes_change_no_bit(
+  corpus, xla, straight_of_two, tmp_path
+):
   options = {"processes": 2, "cache": xla, "heartbeat": 5}
-  flags = (
-    "--config.train.steps=40",
-    "--config.train.checkpoint_every=2",
-  )
-  whole, workdir = tmp_path / "whole", tmp_path / "run"
-  assert launch(corpus, whole, *flags, **options).wait() == [0, 0]
+  flags = (STEPS_OF_TWO, "--config.train.checkpoint_every=2")
+  workdir = tmp_path / "run"
   rng, done = random.Random(1), 0
   for kill in range(4):
     run = launch(corpus, workdir, *flags, **options)
@@ -72,6 +70,6 @@ def test_kills_of_either_of_two_processes_change_no_bit(corpus, xla, tmp_path):
     assert ends[kill % 2] == -9 and ends[1 - kill % 2] not in (0, 75)
     done = saved(workdir)[-1]
   assert launch(corpus, workdir, *flags, **options).wait() == [0, 0]
-  assert checksums(workdir) == checksums(whole)
-  assert rows(workdir) == rows(whole)
+  assert checksums(workdir) == checksums(straight_of_two)
+  assert rows(workdir) == rows(straight_of_two)
   assert left(workdir) == []

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from faults.launch import checksums, launch, rows
+from faults.launch import STEPS_OF_TWO, checksums, launch, rows
 
 # Sums over two devices do not depend on their order; over more, how the
 # processes are cut decides where gloo begins to add.
@@ -68,7 +68,7 @@ def test_a_process_that_raises_ends_all_and_says_why(
   corpus, xla, tmp_path, guilty
 ):
   run = launch(
-    corpus, tmp_path / "run", processes=2, cache=xla, heartbeat=5,
+    corpus, tmp_path / "run", STEPS_OF_TWO, processes=2, cache=xla, heartbeat=5,
     fault=f"raise {guilty} 4",
   )  # fmt: skip
   ends = run.wait(60)
@@ -84,8 +84,8 @@ def test_a_process_that_dies_or_freezes_leaves_no_survivor(
 ):
   heartbeat = 5
   run = launch(
-    corpus, tmp_path / "run", "--config.train.steps=100000", processes=2,
-    cache=xla, heartbeat=heartbeat,
+    corpus, tmp_path / "run", STEPS_OF_TWO, processes=2, cache=xla,
+    heartbeat=heartbeat, fault="slow 0 6",
   )  # fmt: skip
   run.until_saved(5)
   run.kill(process=victim, number=number)
