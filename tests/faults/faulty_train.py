@@ -1,9 +1,9 @@
 """scripts/train.py with a fault: FAULT="KIND PROCESS STEP" in the environment.
 
 Before the step is taken, in that process: "raise" raises, "stall" sleeps for
-five seconds and "hang" for an hour, "term" and "int" send it the signal. From
-that step on: "slow" takes half a second longer for each, "full" lets no file
-grow beyond 64 kB, as on a disk that is full. "eval" sends SIGTERM when the
+five seconds and "hang" for ten minutes, "term" and "int" send it the signal.
+From that step on: "slow" takes half a second longer for each, "full" lets no
+file grow beyond 64 kB, as on a disk that is full. "eval" sends SIGTERM when the
 evaluation of that step begins, "save" when its checkpoint is being written,
 "compile" when the program of the first step is being made.
 
@@ -38,7 +38,7 @@ def guilty_function():
   if KIND == "stall":
     time.sleep(5)
   if KIND == "hang":
-    time.sleep(3600)
+    time.sleep(600)
   if KIND == "term":
     os.kill(os.getpid(), signal.SIGTERM)
   if KIND == "int":

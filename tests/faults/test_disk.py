@@ -80,7 +80,7 @@ def test_a_work_directory_that_cannot_be_is_refused_before_compiling(
 def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(
   corpus, xla, tmp_path
 ):
-  first = launch(corpus, tmp_path / "run", cache=xla, fault="hang 0 2")
+  first = launch(corpus, tmp_path / "run", cache=xla, fault="hang 0 5")
   first.until("step 1/")
   second = launch(corpus, tmp_path / "run", cache=xla)
   assert second.wait(60) == [2]
