@@ -46,6 +46,7 @@ def check(config: Config, *, visible: bool = False) -> str:
     seed=config.seed,
     row_length=d.row_length,
     row_counts=d.row_counts,
+    balance=d.balance,
     mismatch=loss.mismatches,
   )
   batch, _ = plan[0]
@@ -142,9 +143,7 @@ def _packing(examples: Examples, plan: Plan) -> list[str]:
   )
   packed = int(plan.row_tokens())
   return [
-    f"packing     rows of {plan.shape.tokens} tokens,"
-    f" {'/'.join(map(str, plan.row_counts))} rows for {plan.batch_size}"
-    f" examples, {plan.fill():.1%} filled",
+    *plan.describe(),
     f"            {packed / padded:.2f} of the tokens that padded, separate"
     " sequences would take",
   ]

@@ -63,7 +63,9 @@ class Data:
   max_length: int = 1024  # tokens of prompt and response together
   max_prompt_length: int = 0  # longer ones lose their beginning; 0: half
   row_length: int = 0  # tokens of a packed row; 0 chooses from the data
-  row_counts: int = 4  # most numbers of rows a batch may have; each compiles
+  row_counts: int = 4  # most shapes (rows, lengths) of batches; each compiles
+  balance: int = 16  # shuffled batches among which examples are dealt out so
+  # that all hold about as many tokens; 0: as shuffled. See docs/data.md
   on_bad_row: str = "drop"  # or "error"
   cache_dir: str = "~/.cache/dpo_jax"  # of encoded data, scores; "": none
 

@@ -41,10 +41,7 @@ def describe(config: Config) -> str:
     f"dropped     {run.data.reports['train'].get('dropped') or 'none'}",
     f"changed     {run.data.reports['train'].get('changed') or 'none'}",
     f"steps       {run.steps} of {plan.batch_size} examples",
-    f"rows        {plan.shape.tokens} tokens, {plan.shape.scored} of them"
-    f" scored, up to {plan.shape.examples} examples;"
-    f" {'/'.join(map(str, plan.row_counts))} rows a step,"
-    f" {plan.fill():.0%} filled",
+    *plan.describe(),
     f"work        {run.ideal_flops(1) / 1e9:,.4g} GFLOP of products for the"
     f" {plan.tokens(0):,} tokens of step 1, at least",
     *memory.render(memory.held(run)),

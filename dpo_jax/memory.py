@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.batch import Scores
+from dpo_jax.data.pack import empty_batch
 from dpo_jax.run import Run
 from dpo_jax.weights import same_path
 
@@ -86,7 +87,7 @@ def render(found: Held) -> list[str]:
 
 def _inputs(run):
   """Of the step, as shapes with shardings."""
-  batch, _ = run.train_plan[0]
+  batch = empty_batch(*run.train_plan.shapes[-1])  # the largest
   if run.config.reference.precompute:
     scores = np.zeros(batch.lengths.shape, np.float32)
     tails = scores if run.loss.reads_tails else None

@@ -45,11 +45,11 @@ def describe(config: Config) -> str:
   """Compiles the step of a run for the devices that `pretend` made."""
   run = Run(config)
   plan, mesh = run.train_plan, run.built.mesh
-  rows = plan[0][0].tokens.shape[0]
+  rows, row = plan.shapes[-1]
   lines = [
     f"mesh        {dict(mesh.shape)}, {mesh.size} devices",
     f"batch       {plan.batch_size} examples in {rows} rows of"
-    f" {plan.shape.tokens} tokens, {plan.shape.scored} of them scored",
+    f" {row.tokens} tokens, {row.scored} of them scored",
     *memory.render(memory.held(run)),
     "temporary is what XLA plans for CPUs: read it as a size, not a promise",
   ]

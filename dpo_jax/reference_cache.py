@@ -27,7 +27,7 @@ from dpo_jax.data.store import Examples
 
 _LOG = logging.getLogger("dpo_jax")
 # Counts up when the same model and examples would be given other numbers.
-VERSION = 1
+VERSION = 2
 _ARRAYS = ("logps", "tails")
 # Of config.model: what the weights do not show and may change how scores round.
 _ROUNDING = ("dtype", "param_dtype", "remat", "attention", "head_tile")
@@ -103,8 +103,7 @@ def make_key(
     "settings": [getattr(settings, name) for name in _ROUNDING],
     "examples": examples.fingerprint,
     "rows": [
-      dataclasses.astuple(plan.shape),
-      plan.row_counts.tolist(),
+      [[x.rows, *dataclasses.astuple(x.row)] for x in plan.shapes],
       plan.batch_size,
     ],
     "mesh": dict(built.mesh.shape),

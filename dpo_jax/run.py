@@ -53,6 +53,8 @@ class Run:
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
     self.steps = len(self.train_plan)
+    for line in self.train_plan.describe():
+      _LOG.info(line)
     o = dict(vars(config.optim))
     if config.model.param_dtype == "bfloat16" and not self.built.lora:
       _warn_of_lost_updates(config)
@@ -231,6 +233,7 @@ class Run:
       seed=self.config.seed,
       shuffle=True,
       rows_multiple=sharding.batch_shards(mesh) * t.microbatches,
+      balance=self.config.data.balance,
     )
 
   def _plan_evaluation(self) -> Plan | None:

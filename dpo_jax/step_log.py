@@ -27,7 +27,7 @@ class StepLog:
 
   `goodput` counts from the first start of the run, so what stops, restarts,
   lost steps, compiling, evaluation and saving take lowers it. The first step
-  of each number of rows compiles: neither it nor the one before, while which it
+  of each shape compiles: neither it nor the one before, while which it
   is launched, is timed.
   """
 
@@ -56,7 +56,7 @@ class StepLog:
     )
     self._useful = 0.0  # seconds of applied steps since `started`
     self._mark: float | None = None  # when the step before was done
-    self._first: dict[int, int] = {}  # step of each number of rows, in here
+    self._first: dict[Any, int] = {}  # step of each shape, in here
     self._sums: dict[str, losses.Sums] = {}
     self._timed = _Timed()
     self._skipped_in_a_row = 0
@@ -114,7 +114,7 @@ class StepLog:
     """Whether this step or the next, launched before this one is read, may be
     the first of its shape."""
     return any(
-      self._first.setdefault(self._run.train_plan.rows(s - 1), s) == s
+      self._first.setdefault(self._run.train_plan.shape_of(s - 1), s) == s
       for s in (step, step + 1)
       if s <= self._run.steps
     )

@@ -21,7 +21,7 @@ from dpo_jax.data.pack import (
   RowShape,
   empty_batch,
   fill_row,
-  first_fit_decreasing,
+  spread,
   token_cost,
 )
 from dpo_jax.models import attention, decoder, layers, llama, rope
@@ -430,11 +430,11 @@ def many_batches():
   for seed in range(3):
     lengths = tuple(map(tuple, rng.integers(1, 40, (24, 3)).tolist()))
     some = examples(seed, lengths)
-    rows = first_fit_decreasing(
-      [token_cost(*n) for n in lengths], [n[1] + n[2] for n in lengths], shape
-    )
-    rows += [[]] * (24 - len(rows))
-    batches.append(pack([[some[i] for i in row] for row in rows], shape))
+    n = np.array([lengths])
+    tokens, scored = token_cost(*np.moveaxis(n, -1, 0)), n[..., 1:].sum(-1)
+    (to,) = spread(tokens, scored, 16, shape.examples)
+    rows = [[some[i] for i in np.flatnonzero(to == r)] for r in range(16)]
+    batches.append(pack(rows, shape))
   return batches
 
 

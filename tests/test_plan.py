@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from dpo_jax.batch import Scores
+from dpo_jax.data import shapes
+from dpo_jax.data.order import Order, deal
 from dpo_jax.data.pack import (
   Example,
   RowShape,
   empty_batch,
   fill_row,
-  first_fit_decreasing,
-  rows_needed,
+  spread,
   token_cost,
 )
 from dpo_jax.data.plan import Plan
@@ -140,6 +141,87 @@ def test_the_order_does_not_depend_on_the_devices():
       assert plan[step].ids.shape[0] % multiple == 0
 
 
+@pytest.mark.parametrize("n", [48, 50, 333])
+@pytest.mark.parametrize("balance", [0, 3, 16])
+def test_a_balanced_epoch_is_a_permutation_too(n, balance):
+  order = Order(
+    n, 8, seed=2, sizes=(np.arange(n) ** 2)[:, None], balance=balance
+  )
+  seen = order.members(0, 3 * n // 8 + 1).reshape(-1)
+  for e in range(3):
+    np.testing.assert_array_equal(np.sort(seen[e * n : e * n + n]), range(n))
+  for step in (0, 17, 5, n // 8 + 1):  # at any step, in any order
+    again = Order(
+      n, 8, seed=2, sizes=(np.arange(n) ** 2)[:, None], balance=balance
+    )
+    (one,) = again.members(step, step + 1)
+    np.testing.assert_array_equal(one, seen[8 * step : 8 * step + 8])
+
+
+def test_balanced_batches_are_about_as_large():
+  sizes = np.random.default_rng(0).lognormal(5, 0.8, (4000, 2)).astype(int)
+  spreads = [
+    sizes[Order(4000, 16, sizes=sizes, balance=b).members(0, 240)]
+    .sum(axis=1)
+    .std(axis=0)
+    for b in (0, 4, 16)
+  ]
+  assert (spreads[1] < 0.7 * spreads[0]).all()
+  assert (spreads[2] < 0.4 * spreads[0]).all()
+
+
+def test_balancing_deals_an_example_to_any_batch_alike():
+  """Over seeds, a batch of a window holds an example as often as another does:
+  also the longest, and at the place where an epoch begins."""
+  n, batch_size, seeds = 20, 4, 1500
+  sizes = (np.arange(n) ** 3)[:, None]
+  held = np.zeros((5, n))
+  for seed in range(seeds):
+    order = Order(n, batch_size, seed=seed, sizes=sizes, balance=3)
+    for step, members in enumerate(order.members(0, 5)):
+      held[step, members] += 1
+  expected = seeds * batch_size / n
+  assert np.abs(held - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_what_does_not_depend_on_length_is_batched_as_if_shuffled():
+  """The variance of batch means, which gradients have, does not grow: it stays
+  for what has nothing to do with length and shrinks for what does."""
+  rng = np.random.default_rng(0)
+  sizes = rng.lognormal(5, 0.8, (20_000, 1)).astype(int)
+  other = rng.normal(size=20_000)
+  plain, dealt = (
+    Order(20_000, 16, sizes=sizes, balance=b).members(0, 1200) for b in (0, 16)
+  )
+  free = other[dealt].mean(axis=1).std() / other[plain].mean(axis=1).std()
+  bound = sizes[dealt].mean(axis=1).std() / sizes[plain].mean(axis=1).std()
+  assert abs(free - 1) < 0.1 and bound < 0.4
+
+
+@pytest.mark.parametrize("room", [[4, 4, 4], [1, 4, 2], [0, 3, 0, 3]])
+def test_each_hand_is_dealt_as_much_as_it_has_room_for(room):
+  room, rng = np.array(room), np.random.default_rng(0)
+  sizes = rng.lognormal(5, 0.5, (room.sum(), 2)).astype(int)
+  to = deal(sizes, room, rng)
+  np.testing.assert_array_equal(np.bincount(to, minlength=len(room)), room)
+
+
+def test_dealing_by_hand():
+  sizes, room = np.array([[9], [1], [5], [6]]), np.array([2, 2])
+  to = deal(sizes, room, np.random.default_rng())
+  assert to[0] == to[1] != to[2] == to[3]  # 9 + 1 and 6 + 5
+
+
+@pytest.mark.parametrize("balance", [0, 1])
+def test_the_members_of_a_step_are_those_of_the_permutations(balance):
+  plan = Plan(pairs(n=7), batch_size=5, steps=9, seed=3, balance=balance)
+  epochs = [np.random.default_rng([3, e]).permutation(7) for e in range(7)]
+  order = np.concatenate(epochs)
+  for step in range(9):
+    expected = order[5 * step : 5 * step + 5]
+    assert plan.members(step).tolist() == expected.tolist()
+
+
 def test_steps_default_to_once_through_the_examples():
   assert len(Plan(pairs(50), batch_size=8)) == 7
   assert len(Plan(pairs(48), batch_size=8)) == 6
@@ -157,101 +239,113 @@ def test_iterating_a_plan_ends():
   assert len(list(Plan(pairs(50), batch_size=8))) == 7
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_first_fit_never_overflows_and_loses_nobody(seed):
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(1, 100, 200)
-  scored = rng.integers(1, tokens + 1)
-  shape = RowShape(tokens=128, scored=100, examples=5)
-  rows = first_fit_decreasing(tokens.tolist(), scored.tolist(), shape)
-  assert sorted(i for row in rows for i in row) == list(range(200))
-  for row in rows:
-    assert tokens[row].sum() <= 128
-    assert scored[row].sum() <= 100
-    assert len(row) <= 5
+@pytest.mark.parametrize("rows", [1, 4, 7, 60])
+def test_rows_get_each_example_and_no_more_than_they_may_hold(rows):
+  rng = np.random.default_rng(rows)
+  tokens = rng.integers(1, 100, (20, 60))
+  to = spread(tokens, rng.integers(1, tokens + 1), rows, 60 // rows + 1)
+  held = np.stack([(to == r).sum(axis=1) for r in range(rows)])
+  assert held.sum() == to.size and held.max() <= 60 // rows + 1
+  if rows == 60:  # one each, if only for evenness
+    assert (held == 1).all()
 
 
-def test_first_fit_decreasing_by_hand():
-  # 6, 5, 4, 3, 2 into rows of 10: 6+4, 5+3+2.
-  shape = RowShape(tokens=10, scored=10, examples=9)
-  rows = first_fit_decreasing([3, 6, 2, 5, 4], [1] * 5, shape)
-  assert rows == [[1, 4], [3, 0, 2]]
+def test_rows_are_about_as_full_in_tokens_and_in_scored_ones():
+  rng = np.random.default_rng(0)
+  scored = rng.lognormal(4, 0.8, (50, 64)).astype(int)
+  tokens = scored + rng.lognormal(4.5, 0.8, (50, 64)).astype(int)
+  to = spread(tokens, scored, 4, 64)
+  for x in (tokens, scored):
+    sums = np.stack([np.where(to == r, x, 0).sum(axis=1) for r in range(4)])
+    assert (sums.max(axis=0) / sums.mean(axis=0)).mean() < 1.03
 
 
-@pytest.mark.parametrize(
-  "shape", [RowShape(40, 30, 9), RowShape(40, 60, 3), RowShape(60, 20, 60)]
-)
-def test_rows_are_counted_of_many_batches_as_they_are_packed_one_by_one(shape):
-  rng = np.random.default_rng(shape.examples)
-  sizes = rng.integers(1, 19, (2, 200, 50))
-  tokens, scored = sizes.max(axis=0), sizes.min(axis=0)
-  tokens[-1, 7:] = scored[-1, 7:] = 0  # a batch of seven
-  packed = [
-    len(first_fit_decreasing(t[t > 0].tolist(), s.tolist(), shape))
-    for t, s in zip(tokens, scored, strict=True)
-  ]
-  assert rows_needed(tokens, scored, shape).tolist() == packed
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_plan_counts_the_rows_that_its_steps_take(shuffle, monkeypatch):
-  monkeypatch.setattr(
-    "dpo_jax.data.plan._AT_ONCE", 64
-  )  # five parts, one ragged
-  x = pairs(n=130)
-  plan = Plan(x, batch_size=16, shuffle=shuffle, row_counts=99, row_length=64)
-  rows = [int((p.batch.weights.sum(axis=1) > 0).sum()) for p in plan]
-  assert [plan.rows(s) for s in range(len(plan))] == rows
-
-
-def test_the_members_of_a_step_are_those_of_the_permutations():
-  plan = Plan(pairs(n=7), batch_size=5, steps=9, seed=3)
-  epochs = [np.random.default_rng([3, e]).permutation(7) for e in range(7)]
-  order = np.concatenate(epochs)
-  for step in range(9):
-    expected = order[5 * step : 5 * step + 5]
-    assert plan.members(step).tolist() == expected.tolist()
-
-
-def test_ties_keep_their_order():
-  shape = RowShape(tokens=2, scored=2, examples=2)
-  assert first_fit_decreasing([1] * 4, [1] * 4, shape) == [[0, 1], [2, 3]]
+def test_spreading_by_hand():
+  # Scored ones are alike, so tokens decide.
+  tokens = np.array([[3, 7, 2, 6, 5, 4]])
+  to = spread(tokens, np.ones_like(tokens), 2, 9)
+  assert to.tolist() == [[0, 0, 1, 1, 1, 0]]  # 7 + 4 + 3, and 6 + 5 + 2
 
 
 @pytest.mark.parametrize("kind", ["paired", "unpaired"])
-def test_rows_of_dialogues_are_nine_tenths_full(kind):
-  plan = Plan(dialogues(kind=kind), batch_size=64, steps=16)
-  used = total = 0
-  for step in range(16):
+@pytest.mark.parametrize("batch_size", [16, 64, 256])
+def test_batches_of_dialogues_are_full(kind, batch_size):
+  plan = Plan(dialogues(4096, kind=kind), batch_size=batch_size, steps=128)
+  used = total = scored = places = 0
+  for step in range(0, 128, 5):
     batch = plan[step].batch
+    shape = plan.shape_of(step)
     used += (batch.key_end > 0).sum()
     total += batch.tokens.size
-  assert used / total >= 0.9
-  assert plan.fill() == used / total
+    scored += batch.lengths.sum()
+    places += batch.source.size
+    assert batch.tokens.shape == (shape.rows, shape.row.tokens)
+    assert (batch.key_end > 0).sum() == plan.tokens(step)
+  assert plan.fill() == pytest.approx(used / total, abs=0.01)
+  assert plan.scored_fill() == pytest.approx(scored / places, abs=0.02)
+  assert plan.fill() >= 0.95 and plan.scored_fill() >= 0.94
 
 
-@pytest.mark.parametrize("batch_size", [4, 32, 256])
-def test_a_plan_has_at_most_four_shapes(batch_size):
-  plan = Plan(dialogues(), batch_size=batch_size, steps=40)
-  shapes = {plan[step].batch.tokens.shape for step in range(40)}
-  assert 1 <= len(shapes) <= 4
-  assert {rows for rows, _ in shapes} <= set(plan.row_counts.tolist())
-
-
-@pytest.mark.parametrize("row_length", [0, 64, 77])
-def test_a_row_keeps_within_its_capacity(row_length):
+@pytest.mark.parametrize("balance", [0, 16])
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("row_length", [0, 640])
+def test_a_plan_has_no_more_shapes_than_it_may(balance, most, row_length):
   plan = Plan(
-    pairs(), batch_size=16, steps=4, row_length=row_length, scored_multiple=6
+    dialogues(), batch_size=32, steps=100, row_length=row_length,
+    row_counts=most, balance=balance, rows_multiple=2,
+  )  # fmt: skip
+  assert 1 <= len(plan.shapes) <= most
+  seen = {plan[step].batch.tokens.shape for step in range(0, 100, 3)}
+  assert seen <= {(s.rows, s.row.tokens) for s in plan.shapes}
+  for rows, row in plan.shapes:
+    assert rows % 2 == row.scored % 8 == 0
+    assert row_length in (0, row.tokens)
+
+
+def test_more_shapes_pad_less():
+  fills = [
+    Plan(dialogues(), batch_size=16, steps=400, balance=0, row_counts=n).fill()
+    for n in (1, 2, 4, 8)
+  ]
+  assert fills == sorted(fills) and fills[-1] > fills[0] + 0.2
+
+
+def test_a_shape_that_would_hardly_be_used_is_not_made():
+  few, many = (
+    Plan(dialogues(), batch_size=16, steps=n, balance=0) for n in (3, 400)
   )
-  shape = plan.shape
-  assert row_length in (0, shape.tokens)
-  assert shape.scored % 6 == 0
-  batch = plan[0].batch
-  assert batch.tokens.shape[1] == shape.tokens
-  assert batch.source.shape == batch.slot.shape == batch.target.shape
-  assert batch.source.shape[1] == shape.scored
-  assert batch.weights.shape[1] == shape.examples
-  assert batch.reference is None
+  assert len(few.shapes) == 1 and len(many.shapes) == 4
+
+
+def test_every_step_fits_its_shape_and_no_other_would_be_less_work():
+  needs = np.random.default_rng(0).integers(1, 40, (300, 3))
+  chosen = shapes.choose(needs, 6)
+  assert len(chosen) == 6
+  mine = chosen[shapes.assign(needs, chosen)]
+  assert (needs <= mine).all()
+  for need, shape in zip(needs, mine, strict=True):
+    fitting = chosen[(need <= chosen).all(axis=1)]
+    assert shapes.work(shape) == shapes.work(fitting).min()
+
+
+def test_shapes_by_hand():
+  # Ten small batches, ten of many rows, ten of long rows: no shape helps two.
+  kinds = np.array([[1, 64, 16], [8, 64, 16], [1, 512, 16]])
+  needs = np.repeat(kinds, 10, axis=0)
+  assert shapes.choose(needs, 5).tolist() == kinds[[0, 2, 1]].tolist()
+  assert shapes.choose(needs, 1).tolist() == [[8, 512, 16]]
+
+
+@pytest.mark.parametrize("rows_multiple", [1, 8])
+def test_a_free_row_is_as_long_as_its_batch_needs(rows_multiple):
+  plan = Plan(dialogues(), batch_size=64, steps=20, rows_multiple=rows_multiple)
+  for step in range(20):
+    assert plan.shape_of(step).rows % rows_multiple == 0
+    batch = plan[step].batch
+    longest = (batch.key_end > 0).sum(axis=1)
+    assert longest.max() <= batch.tokens.shape[1] < 17_000
+    # Devices get about as much to do.
+    assert longest.min() > 0.8 * longest.max()
 
 
 @pytest.mark.parametrize("kind", ["paired", "unpaired", "sft"])
@@ -296,7 +390,7 @@ def test_every_token_of_every_ranked_response_is_scored_once(most):
   """Reads prompts and responses back out of the arrays alone."""
   x = rankings(most=most)
   plan = Plan(x, batch_size=12, steps=5, seed=1)
-  assert plan.shape.branches == most
+  assert plan.shapes[0].row.branches == most
   for step in range(5):
     batch, ids = plan[step]
     assert batch.lengths.shape == (*ids.shape, most)
@@ -341,7 +435,7 @@ def test_rankings_of_two_are_planned_as_pairs_are():
 def test_a_row_holds_the_longest_ranking_whole():
   x = make_examples([9, 9], [4, 1], [4, 1], [4, 0], [4, 0], [4, 0])
   longest = 3 * 8 + 5 * 4
-  assert Plan(x, batch_size=2).shape.tokens >= longest
+  assert Plan(x, batch_size=2).shapes[-1].row.tokens >= longest
   with pytest.raises(ConfigError, match=f"row 1000 takes {longest} tokens"):
     Plan(x, batch_size=2, row_length=longest - 1)
   batch, _ = Plan(x, batch_size=2, row_length=longest, shuffle=False)[0]
@@ -393,7 +487,9 @@ def test_a_row_too_short_names_the_data_row_and_both_lengths():
   longest = 30 - 1 + 9 + 8
   for word in ("row_length=45", "1001", str(longest), "max_length"):
     assert word in str(e.value)
-  assert Plan(x, batch_size=2, row_length=longest).shape.tokens == longest
+  assert (
+    Plan(x, batch_size=2, row_length=longest).shapes[-1].row.tokens == longest
+  )
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(5, 1), (1, 4)])
@@ -443,7 +539,7 @@ def test_no_example_meets_its_own_completion_where_epochs_meet(n, batch_size):
   wrapped = 0
   for step in range(40):
     members = plan.members(step)
-    others = plan._others(members)
+    (others,) = plan._layouts.others(members[None])
     assert (others != members).all()
     assert set(others) <= set(range(n))
     wrapped += (np.roll(members, 1) == members).any()
@@ -476,7 +572,7 @@ def test_processes_read_their_own_rows_and_have_the_batch_together(monkeypatch):
   )
   for step in range(3):
     batch, ids = whole[step]
-    empty = empty_batch(len(ids), whole.shape)
+    empty = empty_batch(*whole.shape_of(step))
     for k, plan in enumerate(parts):
       mine = np.arange(len(ids)) % 2 == k
       read.clear()
@@ -488,4 +584,5 @@ def test_processes_read_their_own_rows_and_have_the_batch_together(monkeypatch):
           np.testing.assert_array_equal(ours[mine], theirs[mine])
           np.testing.assert_array_equal(ours[~mine], nothing[~mine])
       assert plan.tokens(step) == whole.tokens(step)
-      assert plan.rows(step) == whole.rows(step) == len(ids)
+      assert plan.shape_of(step) == whole.shape_of(step)
+      assert plan.shape_of(step).rows == len(ids)

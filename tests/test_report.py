@@ -289,7 +289,7 @@ def test_settings_and_packing_are_told(tmp_path):
   text = page(tmp_path, summary | {"row_tokens": 4096, "fill": 0.7691}).text
   assert "beta 0.1 · average true · 587,008 parameters" in text
   assert "1,200 steps of 64 examples · 2 min 16 s" in text
-  assert "4,096 tokens each, 76.9% filled" in text
+  assert "up to 4,096 tokens each, 76.9% filled" in text
 
 
 def test_later_rows_of_a_step_replace_earlier_ones(tmp_path):

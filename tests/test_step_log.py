@@ -48,7 +48,7 @@ def make_log(peak_tflops=4.0, started=None, rows=(1,) * STEPS, **train):
     steps=STEPS,
     schedule=lambda step: 0.5 * step,
     train_plan=SimpleNamespace(
-      tokens=lambda step: TOKENS + step, rows=lambda step: rows[step]
+      tokens=lambda step: TOKENS + step, shape_of=lambda step: rows[step]
     ),
     ideal_flops=lambda step: FLOPS,
     built=SimpleNamespace(mesh=SimpleNamespace(size=3)),
@@ -90,7 +90,7 @@ def test_speed_leaves_the_first_step_out(clock):
   assert second["mfu"] == pytest.approx(6 / 2 / (3 * 4))
 
 
-def test_a_new_number_of_rows_compiles_and_is_not_timed(clock):
+def test_a_new_shape_compiles_and_is_not_timed(clock):
   log = make_log(rows=[1, 1, 1, 2, 1, 2, 1, 3])
   walk(log, clock, [1, 2])
   clock.now += 60  # step 4 is launched before the metrics of step 3 are read

@@ -1,7 +1,7 @@
 """Packs examples into mirrored rows; numpy only. See `dpo_jax/batch.py`."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,80 +44,45 @@ def token_cost(prompt, first, second, *rest):
   return cost
 
 
-def first_fit_decreasing(
-  tokens: Sequence[int], scored: Sequence[int], shape: RowShape
-) -> list[list[int]]:
-  """Assigns examples to rows: largest first, each to the first row it fits.
-
-  Args:
-    tokens: row tokens of each example.
-    scored: scored tokens of each example.
-    shape: capacity of a row; every example must fit an empty one.
-
-  Returns:
-    For each row the indices of its examples. Ties keep their order, so the
-    result is a pure function of the arguments.
-  """
-  rows: list[list[int]] = []
-  free: list[list[int]] = []
-  for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
-    t, s = tokens[i], scored[i]
-    n = next(
-      (
-        n
-        for n, (left_t, left_s, places) in enumerate(free)
-        if t <= left_t and s <= left_s and places
-      ),
-      len(rows),
-    )
-    if n == len(rows):
-      rows.append([])
-      free.append([shape.tokens, shape.scored, shape.examples])
-    rows[n].append(i)
-    free[n][0] -= t
-    free[n][1] -= s
-    free[n][2] -= 1
-  return rows
-
-
-def rows_needed(
-  tokens: np.ndarray, scored: np.ndarray, shape: RowShape
+def spread(
+  tokens: np.ndarray, scored: np.ndarray, rows: int, most: int
 ) -> np.ndarray:
-  """How many rows `first_fit_decreasing` makes of each of many batches, which
-  are gone through side by side: a run plans all of its steps.
+  """Spreads the examples of batches over rows, as evenly as can be.
+
+  Largest first, each to the row that it leaves least full, where full is the
+  more so of row tokens and of scored ones (longest-processing-time-first;
+  Graham 1969, SIAM J. Appl. Math. 17). Many batches are done at a time.
 
   Args:
-    tokens: i[S n], row tokens of the examples of S batches; 0 where one has
-      fewer examples.
-    scored: i[S n], their scored tokens.
-    shape: as there.
+    tokens: i[n m], row tokens of the m examples of n batches; 0 for none.
+    scored: i[n m], scored ones.
+    rows: of each batch.
+    most: examples a row may hold; `rows * most >= m`.
 
   Returns:
-    i64[S].
+    i64[n m], the row of each example: a pure function of the arguments.
   """
-  batches, n = tokens.shape
-  order = np.argsort(-tokens, axis=1, kind="stable")
-  tokens, scored = (
-    np.ascontiguousarray(np.take_along_axis(x, order, 1).T, np.int32)
-    for x in (tokens, scored)
-  )
-  left_tokens, left_scored, places = (
-    np.full((batches, n), size, np.int32)
-    for size in (shape.tokens, shape.scored, shape.examples)
-  )
-  every = np.arange(batches)
-  rows = np.zeros(batches, np.int64)
-  for t, s in zip(tokens, scored, strict=True):
-    opened = min(int(rows.max(initial=0)) + 1, n)  # and one new one, that fits
-    fits = left_tokens[:, :opened] >= t[:, None]
-    fits &= left_scored[:, :opened] >= s[:, None]
-    row = fits.argmax(axis=1)
-    at = every, row
-    places[at] -= 1
-    left_tokens[at] = np.where(places[at] > 0, left_tokens[at] - t, -1)
-    left_scored[at] -= s
-    rows = np.maximum(rows, np.where(t > 0, row + 1, 0))
-  return rows
+  n, m = tokens.shape
+  if rows == 1:
+    return np.zeros((n, m), np.int64)
+  shares = [x / np.maximum(x.sum(axis=1), 1)[:, None] for x in (tokens, scored)]
+  order = np.argsort(-sum(shares), axis=1, kind="stable")
+  # Axes in the order of use: one example of each batch at a time.
+  t, s = (np.take_along_axis(x, order, 1).T.copy() for x in shares)
+  full_t, full_s, taken = np.zeros((3, n, rows))
+  chosen = np.empty((m, n), np.int64)
+  batches = np.arange(n)
+  for i in range(m):
+    after = np.maximum(full_t + t[i, :, None], full_s + s[i, :, None])
+    after[taken >= most] = np.inf
+    row = chosen[i] = after.argmin(axis=1)
+    at = batches, row
+    full_t[at] += t[i]
+    full_s[at] += s[i]
+    taken[at] += 1
+  to = np.empty((n, m), np.int64)
+  np.put_along_axis(to, order, chosen.T, axis=1)
+  return to
 
 
 def empty_batch(rows: int, shape: RowShape) -> Batch:

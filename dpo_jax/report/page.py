@@ -160,7 +160,9 @@ def _run(summary: Mapping[str, Any]) -> str:
   rows = [(n, summary[k]) for n, k in zip(names, keys) if k in summary]
   if "row_tokens" in summary and "fill" in summary:
     fill = f"{summary['fill']:.1%} filled, the rest is padding"
-    rows.append(("Rows", f"{summary['row_tokens']:,} tokens each, {fill}"))
+    rows.append(
+      ("Rows", f"up to {summary['row_tokens']:,} tokens each, {fill}")
+    )
   rows += [
     (_SPEED[key][0], _SPEED[key][1].format(value * _SPEED[key][2]))
     if key in _SPEED and is_number(value)

@@ -15,7 +15,7 @@ from dpo_jax.data.pack import (
   RowShape,
   empty_batch,
   fill_row,
-  first_fit_decreasing,
+  spread,
   token_cost,
 )
 from dpo_jax.models import hf
@@ -103,20 +103,17 @@ def _train_trl(path, examples, pairs, options, beta, adapter=None):
 
 def _pack(examples, steps):
   """A batch for every step, all of one shape."""
-  cost = [token_cost(*map(len, e[:3])) for e in examples]
-  scored = [len(e.first) + len(e.second) for e in examples]
-  shape = RowShape(2 * max(cost), 2 * max(scored), 3)
+  cost = np.array([token_cost(*map(len, e[:3])) for e in examples])
+  scored = np.array([len(e.first) + len(e.second) for e in examples])
+  shape = RowShape(int(2 * cost.max()), int(2 * scored.max()), 3)
   pairs = len(examples) // steps
-  rows = [
-    first_fit_decreasing(cost[i : i + pairs], scored[i : i + pairs], shape)
-    for i in range(0, len(examples), pairs)
-  ]
-  most = max(map(len, rows))
-  assert most < pairs  # some pairs share a row
-  for step, of_step in enumerate(rows):
-    batch = empty_batch(most, shape)
-    for row, places in enumerate(of_step):
-      fill_row(batch, row, (examples[step * pairs + i] for i in places))
+  count = pairs - 1  # some pairs share a row
+  of_steps = (x.reshape(steps, pairs) for x in (cost, scored))
+  for step, rows in enumerate(spread(*of_steps, count, 2)):
+    batch = empty_batch(count, shape)
+    for row in range(count):
+      places = step * pairs + np.flatnonzero(rows == row)
+      fill_row(batch, row, (examples[i] for i in places))
     yield jax.tree.map(jnp.asarray, batch)
 
 
