@@ -29,6 +29,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.models import hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.models.lora import Lora
+from dpo_jax.progress import row_bar
 from dpo_jax.score import Score, make_score
 
 _LOG = logging.getLogger("dpo_jax")
@@ -192,6 +193,7 @@ def load_data(config: Config, built: Built, loss: Loss, limit: int = 0) -> Data:
       on_bad_row=d.on_bad_row,
     ),
     cache_dir=os.path.expanduser(d.cache_dir),
+    workers=d.workers,
   )
   train = load(os.path.expanduser(d.source), d.split)
   reports = {"train": train.report}
@@ -216,7 +218,8 @@ def load_data(config: Config, built: Built, loss: Loss, limit: int = 0) -> Data:
 
 
 def _load_checked(source, split, *, loss, vocab_size, **options) -> Examples:
-  examples = load_examples(source, split, **options)
+  with row_bar("encoding") as progress:
+    examples = load_examples(source, split, progress=progress, **options)
   check_vocabulary(examples, vocab_size)
   check_rankings(examples, loss.responses)
   return examples

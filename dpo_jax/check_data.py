@@ -12,6 +12,7 @@ from dpo_jax.data.store import Examples, check_rankings, load_examples
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.dry_run import render_row
 from dpo_jax.errors import ConfigError
+from dpo_jax.progress import row_bar
 
 _PERCENTILES = (0, 25, 50, 75, 95, 99, 100)
 
@@ -37,7 +38,10 @@ def check(config: Config, *, visible: bool = False) -> str:
   )
   cache = os.path.expanduser(d.cache_dir)
   source = os.path.expanduser(d.source)
-  examples = load_examples(source, d.split, tokenizer, settings, cache)
+  with row_bar("encoding") as progress:
+    examples = load_examples(
+      source, d.split, tokenizer, settings, cache, progress, d.workers
+    )
   check_rankings(examples, loss.responses)
   plan = Plan(
     examples,

@@ -67,6 +67,7 @@ class Data:
   balance: int = 16  # shuffled batches among which examples are dealt out so
   # that all hold about as many tokens; 0: as shuffled. See docs/data.md
   on_bad_row: str = "drop"  # or "error"
+  workers: int = 0  # processes that encode many rows; 0: one a core
   cache_dir: str = "~/.cache/dpo_jax"  # of encoded data, scores; "": none
 
 
@@ -188,8 +189,8 @@ class Config:
 
 # What may change between the parts of one run: how fast, where, how talkative.
 _HARMLESS = (
-  "mesh.", "log.", "data.cache_dir", "model.remat", "model.attention",
-  "model.head_tile", "train.microbatches",
+  "mesh.", "log.", "data.cache_dir", "data.workers", "model.remat",
+  "model.attention", "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
   "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",
   "train.on_damaged_checkpoint", "train.max_skipped",

@@ -169,6 +169,44 @@ def byte_bar(
     yield bar.update
 
 
+@contextlib.contextmanager
+def row_bar(
+  what: str,
+  stream: TextIO | None = None,
+  *,
+  delay: float = 2.0,
+  interval: float = 30.0,
+  clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+  """Yields a function to call with the number of rows done so far. On a
+  terminal, what takes longer than `delay` seconds gets a bar; elsewhere a line
+  says so every `interval` seconds."""
+  stream = sys.stderr if stream is None else stream
+  begun = told = clock()
+  tqdm = _bar_of(stream)
+  if tqdm is not None:
+    with tqdm(
+      desc=what, unit=" rows", delay=delay, leave=False, file=stream,
+      dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+      yield lambda rows: bar.update(rows - bar.n)
+    return
+
+  def tell(rows: int) -> None:
+    nonlocal told
+    now = clock()
+    if now - told >= interval:
+      told = now
+      speed = rows / (now - begun)
+      with contextlib.suppress(OSError, ValueError):
+        print(
+          f"{what}: {rows:,} rows, {speed:,.0f} a second",
+          file=stream, flush=True,
+        )  # fmt: skip
+
+  yield tell
+
+
 def _bar_of(stream: TextIO) -> Any:
   """The class of a bar, or None where there is no terminal or no tqdm."""
   is_terminal = getattr(stream, "isatty", lambda: False)

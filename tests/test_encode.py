@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
-from dpo_jax.data.encode import EncodeSettings, encode_rows
+from dpo_jax.data.encode import EncodeSettings
+from dpo_jax.data.encode_pool import encode_rows
 from dpo_jax.data.sources import scan_rows
 from dpo_jax.data.store import _assemble
 from dpo_jax.data.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dpo_jax.progress import Progress, byte_bar
+from dpo_jax.progress import Progress, byte_bar, row_bar
 
 VALUES = {
   "loss": 0.43118,
@@ -148,6 +148,24 @@ def test_bytes_are_a_bar_on_a_terminal_and_nothing_elsewhere():
   assert "loading m" in terminal.getvalue()
   assert "2.00G/3.00G" in terminal.getvalue()
   assert log.getvalue() == ""
+
+
+def test_rows_are_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere():
+  terminal, log, clock = Terminal(), io.StringIO(), Clock()
+  with row_bar("encoding", terminal, delay=0) as done:
+    for rows in (1000, 2000):
+      time.sleep(0.15)  # a bar is drawn at most every 0.1 s
+      done(rows)
+  assert "encoding: 2000 rows" in terminal.getvalue()
+  with row_bar("encoding", log, clock=clock) as done:
+    for rows in range(1000, 70_001, 1000):
+      clock.now += 1
+      done(rows)
+  lines = log.getvalue().splitlines()
+  assert lines == [
+    "encoding: 30,000 rows, 1,000 a second",
+    "encoding: 60,000 rows, 1,000 a second",
+  ]
 
 
 def test_bytes_that_take_no_time_show_nothing():

@@ -7,7 +7,7 @@ changed on the way is counted under a name.
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from dpo_jax.data import chat, formats, ranking
 from dpo_jax.data.boundary import Drop, split_ids
 from dpo_jax.data.encode_settings import KINDS, EncodeSettings
 from dpo_jax.data.formats import RawExample
+from dpo_jax.data.sources import Item
 from dpo_jax.data.tokenizer import HFTokenizer, check_text
 from dpo_jax.errors import DataError
 
@@ -48,6 +49,25 @@ class Encoded:
   def __len__(self) -> int:
     return len(self.prompt_lengths)
 
+  def extend(self, other: "Encoded") -> None:
+    """Adds what came of the rows right behind, counted from there on."""
+    for name in _ARRAYS:
+      getattr(self, name).extend(getattr(other, name))
+    names = self.subset_names
+    number = [names.setdefault(x, len(names)) for x in other.subset_names]
+    self.subsets.extend(number[i] for i in other.subsets)
+    self.rows = other.rows
+    self.dropped.update(other.dropped)
+    self.changed.update(other.changed)
+    for reason, where in other.first_dropped.items():
+      self.first_dropped.setdefault(reason, where)
+    self.first_error = self.first_error or other.first_error
+
+
+_ARRAYS = (
+  "tokens", "prompt_lengths", "lengths", "counts", "desirable", "row_numbers"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class _Pending:
@@ -61,36 +81,35 @@ class _Pending:
   notes: Counter
 
 
-def encode_rows(
-  items: Iterable[tuple[str, dict | DataError]],
-  tokenizer: HFTokenizer,
-  settings: EncodeSettings,
-  progress: Callable[[int], None] | None = None,
-) -> Encoded:
-  """Encodes (place, row) items; an error in place of a row is a bad row.
+class Encoder:
+  """Encodes rows, some at a time; `result` has what came of all."""
 
-  `progress` is called with the number of rows done, after each chunk.
-
-  Raises:
-    DataError: the rows' shape does not suit the kind, a row cannot be used and
-      the settings say so, or the template or tokenizer cannot be used at all.
-  """
-  encoder = _Encoder(tokenizer, settings)
-  items = iter(items)
-  while chunk := list(itertools.islice(items, CHUNK)):
-    encoder.encode(chunk)
-    if progress:
-      progress(encoder.result.rows)
-  return encoder.result
-
-
-class _Encoder:
-  def __init__(self, tokenizer: HFTokenizer, settings: EncodeSettings):
+  def __init__(
+    self,
+    tokenizer: HFTokenizer,
+    settings: EncodeSettings,
+    *,
+    fmt: str = "",
+    rows: int = 0,
+  ):
+    """Args:
+    tokenizer: of all texts.
+    settings: how rows become examples.
+    fmt: the shape of the rows, if that is known; else the first that can be
+      used decides.
+    rows: how many came before.
+    """
     self.tokenizer = tokenizer
     self.settings = settings
-    self.result = Encoded()
+    self.result = Encoded(fmt, rows)
 
-  def encode(self, chunk: list[tuple[str, dict | DataError]]) -> None:
+  def encode(self, chunk: list[Item]) -> None:
+    """Adds (place, row) items; an error in place of a row is a bad row.
+
+    Raises:
+      DataError: the rows' shape does not suit the kind, a row cannot be used
+        and the settings say so, or the template or tokenizer cannot be used.
+    """
     pending = []
     for where, row in chunk:
       pending.extend(self._prepare(where, row))

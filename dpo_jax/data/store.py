@@ -1,5 +1,6 @@
 """Encoded examples as flat arrays, and the cache that keeps them on disk."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -10,7 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from dpo_jax.data import cache, sources
-from dpo_jax.data.encode import Encoded, EncodeSettings, encode_rows
+from dpo_jax.data.encode import Encoded, EncodeSettings
+from dpo_jax.data.encode_pool import encode_rows
 from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import DataError
 
@@ -130,6 +132,7 @@ def load_examples(
   settings: EncodeSettings,
   cache_dir: str = "",
   progress: Callable[[int], None] | None = None,
+  workers: int = 1,
 ) -> Examples:
   """Reads, encodes and caches the examples of a source.
 
@@ -140,13 +143,17 @@ def load_examples(
     cache_dir: where encoded data is kept, under a name made of everything that
       determines it; "" keeps none. Arrays read from it are memory-mapped.
     progress: called with the number of rows done.
+    workers: processes that encode, see `encode_pool.encode_rows`.
 
   Raises:
     DataError: the source cannot be read, its shape does not suit, or no
       example is left.
   """
+  encode = functools.partial(
+    _encode, source, split, tokenizer, settings, progress, workers
+  )
   if not cache_dir:
-    return _encode(source, split, tokenizer, settings, progress)
+    return encode()
   key = _digest(
     VERSION,
     sources.source_digest(source),
@@ -163,7 +170,7 @@ def load_examples(
       examples = Examples(**arrays, **meta)
       _log.info("%s, from cache %s", _summary(examples.report), key[:12])
       return examples
-    examples = _encode(source, split, tokenizer, settings, progress)
+    examples = encode()
     arrays = {name: getattr(examples, name) for name in _ARRAYS}
     meta = {
       f.name: getattr(examples, f.name)
@@ -174,10 +181,10 @@ def load_examples(
   return examples
 
 
-def _encode(source, split, tokenizer, settings, progress) -> Examples:
+def _encode(source, split, tokenizer, settings, progress, workers) -> Examples:
   begun = time.monotonic()
   items = sources.scan_rows(source, split)
-  encoded = encode_rows(items, tokenizer, settings, progress)
+  encoded = encode_rows(items, tokenizer, settings, progress, workers=workers)
   examples = _assemble(encoded, source, tokenizer, settings)
   seconds = time.monotonic() - begun
   _log.info("%s, in %.1f s", _summary(examples.report), seconds)

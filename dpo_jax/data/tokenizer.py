@@ -67,6 +67,10 @@ class HFTokenizer:
       self.chat_template,
     )
 
+  def __reduce__(self):
+    """As its files: what the library makes of them stays in its process."""
+    return HFTokenizer, (self._files, self._where)
+
   @classmethod
   def load(cls, path: str) -> "HFTokenizer":
     """Reads a checkpoint directory. Raises DataError, naming the file."""

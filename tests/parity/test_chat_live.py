@@ -7,7 +7,8 @@ import jinja2
 import pytest
 
 from dpo_jax.data.chat import TemplateRefused, render
-from dpo_jax.data.encode import EncodeSettings, encode_rows
+from dpo_jax.data.encode import EncodeSettings
+from dpo_jax.data.encode_pool import encode_rows
 from dpo_jax.data.sources import read_rows
 from dpo_jax.data.tokenizer import ByteTokenizer, HFTokenizer
 
