@@ -16,6 +16,7 @@ CLOCKED = frozenset(
     "pairs_per_second",  # since the row before, compiling and pauses left out
     "tokens_per_second",  # real ones, no padding; likewise
     "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
+    "data_wait",  # share of the time in steps until a batch was there
     "goodput",  # seconds of steps that were applied, over all since the start
     "peak_memory_bytes",  # of this host's fullest device, since its start
   }

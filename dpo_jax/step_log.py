@@ -5,8 +5,8 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from dpo_jax.run import Run
 from dpo_jax.writers import MetricsWriter
 
 _LOG = logging.getLogger("dpo_jax")
+T = TypeVar("T")
 
 
 class StepLog:
@@ -59,6 +60,7 @@ class StepLog:
     self._first: dict[Any, int] = {}  # step of each shape, in here
     self._sums: dict[str, losses.Sums] = {}
     self._timed = _Timed()
+    self._waited = 0.0  # for data, since the step before was done
     self._skipped_in_a_row = 0
     self.writer: MetricsWriter | None = None
 
@@ -75,9 +77,9 @@ class StepLog:
     self._sums = metrics.add([self._sums, sums])
     now = time.perf_counter()
     if not self._compiled(step) and self._mark is not None:
-      self._timed.add(self._run, step, now - self._mark)
+      self._timed.add(self._run, step, now - self._mark, self._waited)
       self._useful += 0 if skipped else now - self._mark
-    self._mark = now
+    self._mark, self._waited = now, 0.0
     progress.update(step, metrics.means(sums))
     every = t.log_every
     if not ((every and step % every == 0) or step == self._run.steps):
@@ -86,6 +88,14 @@ class StepLog:
     row["learning_rate"] = float(self._rates[step - 1])
     self.writer.write(step, "train", row | self._clocked())
     self._sums, self._timed = {}, _Timed()
+
+  def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
+    """Yields what `batches` do, and counts the time until they do."""
+    begun = time.perf_counter()
+    for batch in batches:
+      self._waited += time.perf_counter() - begun
+      yield batch
+      begun = time.perf_counter()
 
   @contextlib.contextmanager
   def untimed(self) -> Iterator[None]:
@@ -125,6 +135,7 @@ class StepLog:
       batch_size = self._run.config.train.batch_size
       columns["pairs_per_second"] = t.steps * batch_size / t.seconds
       columns["tokens_per_second"] = t.tokens / t.seconds
+      columns["data_wait"] = t.waited / t.seconds
       if self._peak:
         peak = self._peak * self._run.built.mesh.size
         columns["mfu"] = t.flops / t.seconds / peak
@@ -166,13 +177,14 @@ class _Timed:
 
   def __init__(self):
     self.steps = self.tokens = 0
-    self.flops = self.seconds = 0.0
+    self.flops = self.seconds = self.waited = 0.0
 
-  def add(self, run: Run, step: int, seconds: float) -> None:
+  def add(self, run: Run, step: int, seconds: float, waited: float) -> None:
     self.steps += 1
     self.tokens += run.train_plan.tokens(step - 1)
     self.flops += run.ideal_flops(step)
     self.seconds += seconds
+    self.waited += waited
 
 
 def peak_memory() -> int | None:

@@ -140,7 +140,7 @@ class _Training:
       self.trace,
       self.stop.between_steps(),
     ):
-      for step, batch in _batches(run, start):
+      for step, batch in log.waited_for(_batches(run, start)):
         state, sums = self.trace.step(
           step, run.step, state, online, batch, frozen
         )

@@ -163,7 +163,7 @@ HARMLESS = {
     "tensorboard": True, "wandb": True, "name": "x", "watchdog": 5.0,
     "trace": "3-4", "peak_tflops": 7.0,
   },
-  "data": {"cache_dir": "elsewhere"},
+  "data": {"cache_dir": "elsewhere", "workers": 3},
   "model": {"remat": "block", "attention": "dense", "head_tile": 8},
   "train": {
     "microbatches": 2, "eval_every": 7, "eval_batch_size": 3, "log_every": 3,

@@ -329,12 +329,13 @@ def test_the_machine_is_told_of_in_a_table_and_not_in_charts(tmp_path):
     "pairs_per_second": 12.3456,
     "tokens_per_second": 12345.6,
     "mfu": 0.4123,
+    "data_wait": 0.0625,
     "goodput": 0.981,
     "peak_memory_bytes": 3 * 2**29,
   }
   assert throughput.keys() == CLOCKED
   text = page(tmp_path, {"throughput": throughput}).text
-  for value in ("12.35", "12,346", "41.2%", "98.1%", "1.50 GiB"):
+  for value in ("12.35", "12,346", "41.2%", "6.2%", "98.1%", "1.50 GiB"):
     assert value in text, value
   for name in CLOCKED:
     assert name not in text

@@ -104,6 +104,23 @@ def test_a_new_shape_compiles_and_is_not_timed(clock):
   assert speeds == [2.0, None, 2.0, None]
 
 
+def test_waiting_for_data_is_a_share_of_the_steps_that_are_timed(clock):
+  log = make_log()
+
+  def batches():
+    # The first beside compiling, the third right after a pause.
+    for step, seconds in enumerate([30, 0.5, 0, 1], 1):
+      clock.now += seconds
+      yield step
+
+  for step in log.waited_for(batches()):
+    walk(log, clock, [step], seconds=[2, 1.5, 2, 1][step - 1])
+    if step == 3:
+      with log.untimed():
+        clock.now += 100
+  assert [row["data_wait"] for row in log.writer] == [0.5 / 2, 1 / 4]
+
+
 def test_one_step_that_only_compiled_has_no_speed(clock):
   log = make_log()
   walk(log, clock, [2])

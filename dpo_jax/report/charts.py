@@ -59,7 +59,9 @@ _SMALL = (
   Plot("Throughput", "examples per second", ("pairs_per_second",)),
 )
 # In the table of the run, whose machine they tell of, and in no chart.
-_TABLED = {"tokens_per_second", "mfu", "goodput", "peak_memory_bytes"}
+_TABLED = {
+  "tokens_per_second", "mfu", "data_wait", "goodput", "peak_memory_bytes"
+}  # fmt: skip
 
 
 def curves_of(rows: Iterable[Mapping[str, Any]]) -> Curves:

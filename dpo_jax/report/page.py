@@ -27,6 +27,7 @@ _SPEED = {
   "pairs_per_second": ("Examples a second", "{:,.4g}", 1),
   "tokens_per_second": ("Tokens a second, without padding", "{:,.0f}", 1),
   "mfu": ("Of the devices' peak FLOP/s (MFU)", "{:.1%}", 1),
+  "data_wait": ("Of the time in steps waiting for data", "{:.1%}", 1),
   "goodput": ("Of the time since its start in steps", "{:.1%}", 1),
   "peak_memory_bytes": ("Memory of the fullest device", "{:.2f} GiB", 2**-30),
 }
