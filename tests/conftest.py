@@ -1,14 +1,21 @@
 """What every test gets: the checkout on the path, silent truncation an error.
 
 Devices are left as they are: what needs eight of them starts a process of its
-own (`test_train_step.py`), so that all other tests see what a user sees.
+own (`test_train_step.py`), so that all other tests see what a user sees,
+but for how hard the compiler tries.
 """
 
+import os
 import pathlib
 import sys
 
 import jax
 import pytest
+
+# Half of the time to compile, which is most of what tests do. XLA reads it when
+# it first compiles, and processes that the tests start inherit it.
+_QUICKLY = "--xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICKLY}"
 
 _ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not

@@ -15,7 +15,8 @@ def run_on_eight(file: str, *args: str) -> str:
     [sys.executable, file, *args],
     env=os.environ
     | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+      + " --xla_force_host_platform_device_count=8",
       "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     },

@@ -1,6 +1,7 @@
 """What tests of whole runs share: a small model on the generated corpus, a
 signal at a step, and programs that are compiled once."""
 
+import os
 import signal
 
 import jax
@@ -21,9 +22,13 @@ STEPS = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-  """Most runs here compile the same programs."""
+  """Most runs here compile the same programs, in all modules and processes of
+  one run of the tests."""
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent
   options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+    "jax_compilation_cache_dir": str(folder / "xla"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }
