@@ -12,5 +12,6 @@ if [ "${1:-}" = "--parity" ]; then
   export OMP_NUM_THREADS=1  # torch's threads would wait for one another
 fi
 # Two processes: compiling, most of the time, takes one core. Each file stays
-# with one of them; -n0 turns it off.
-exec "$venv/bin/python" -m pytest -m "$group" -n 2 --dist loadfile "$@"
+# with one of them, the longest come first; -n0 turns it off.
+exec "$venv/bin/python" -m pytest -m "$group" -n 2 --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -22,6 +22,22 @@ if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
   sys.path.insert(0, _ROOT)
 
 
+# The files that take longest, longest first: a process that came to one of them
+# last would be waited for (scripts/test.sh keeps this order).
+_FIRST = (
+  "test_train.py", "test_processes_of_one_run.py", "test_killed.py",
+  "test_losses.py", "test_stopped.py", "test_dtypes.py", "test_train_step.py",
+  "test_sweep_killed.py", "test_moe_models.py", "test_losses_golden.py",
+  "test_layouts.py", "test_lora_runs.py", "test_disk.py",
+  "test_mirrored_rows.py", "test_real_data.py", "test_families.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(_FIRST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_configure(config):
   # jax makes float32 of a float64 that was asked for, and only warns.
   config.addinivalue_line(
