@@ -138,6 +138,13 @@ class Checkpoints:
     except (OSError, ValueError) as e:
       raise self._failed(e) from e
 
+  def newest_step(self) -> str:
+    """What there is to continue from, in words; a save under way is waited for.
+    All processes ask."""
+    with contextlib.suppress(CheckpointError):
+      self.wait()
+    return processes.lead(lambda: _intact(self.directory))
+
   def restore(self, step: int, abstract: Any) -> Any:
     """Reads a state into the shapes, dtypes and shardings of `abstract`.
 
@@ -344,7 +351,7 @@ def _damaged(place: pathlib.Path, error: Exception | None) -> DamagedError:
 def _intact(directory: str) -> str:
   steps = saved_steps(directory)
   if not steps:
-    return "there is no earlier step"
+    return "there is no checkpoint to continue from"
   return f"step {steps[-1]} is there to continue from"
 
 

@@ -94,7 +94,9 @@ def render_summary(summary: dict[str, Any]) -> str:
       ("rewards/margins", "held-out margin"),
     ):
       if key in after:
-        lines.append(f"  {name:18s} {before[key]:.4f} -> {after[key]:.4f}")
+        # Of a finished run they come from a file, non-finite ones as text.
+        first, last = float(before[key]), float(after[key])
+        lines.append(f"  {name:18s} {first:.4f} -> {last:.4f}")
   if summary.get("true_reward"):
     reward = summary["true_reward"]
     lines.append(

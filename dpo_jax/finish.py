@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from dpo_jax import metrics, processes, trainable
-from dpo_jax.answers import Answerer
+from dpo_jax.answers import Answerer, Answers
 from dpo_jax.config import flatten
+from dpo_jax.files import cannot_write
 from dpo_jax.models import hf, lora, peft
 from dpo_jax.report import write_report
 from dpo_jax.run import Run
@@ -29,42 +30,54 @@ def finish(
   answerer: Answerer | None,
   seconds: float,
 ) -> dict[str, Any]:
-  """Writes samples.jsonl, model/, adapter/, summary.json and report.html.
+  """Writes samples.jsonl, model/, adapter/, report.html and, as the sign that
+  all of them are there, summary.json.
 
   Returns:
     The summary.
+
+  Raises:
+    DataError: one of them cannot be written.
   """
   rewards = kl = None
   if answerer:
     after = answerer(policy)
-    rows = place.read_samples()
-    for row, response, reward in zip(
-      rows,
-      after.responses,
-      after.rewards or [None] * len(rows),
-      strict=True,
-    ):
-      row |= {"step": run.steps, "after": response, "reward_after": reward}
-    if processes.leads():
-      place.write_jsonl(place.samples, rows)
-    if after.rewards:
-      rewards = {
-        "before": float(np.mean([row["reward_before"] for row in rows])),
-        "after": float(np.mean(after.rewards)),
-      }
+    rewards = processes.lead(lambda: _write_answers(place, run.steps, after))
     if reference is not None:
       kl = answerer.kl(policy, reference, after.sampled)
   if run.config.train.export:
-    _export(run, place, policy)
-  summary = _summary(run, place, state, policy, seconds)
-  summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
-  if kl:
-    summary["kl_standard_error"] = kl["standard_error"]
-  if processes.leads():
+    try:
+      _export(run, place, policy)
+    except OSError as e:
+      raise cannot_write(e.filename or place.model, e) from e
+
+  def conclude() -> dict[str, Any]:
+    summary = _summary(run, place, state, policy, seconds)
+    summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
+    if kl:
+      summary["kl_standard_error"] = kl["standard_error"]
+    write_report(place.path, _finite(summary))
     place.write_json(place.summary, _finite(summary))
-    write_report(place.path)
-  processes.wait("finished")
-  return summary
+    return summary
+
+  return processes.lead(conclude)
+
+
+def _write_answers(
+  place: Workdir, step: int, after: Answers
+) -> dict[str, float] | None:
+  """Adds the answers after training to those before; returns the mean rewards,
+  where there are any."""
+  rows, rewards = place.read_samples(), after.rewards
+  for row, response, reward in zip(
+    rows, after.responses, rewards or [None] * len(rows), strict=True
+  ):
+    row |= {"step": step, "after": response, "reward_after": reward}
+  place.write_jsonl(place.samples, rows)
+  if not rewards:
+    return None
+  before = [row["reward_before"] for row in rows]
+  return {"before": float(np.mean(before)), "after": float(np.mean(rewards))}
 
 
 def _export(run: Run, place: Workdir, policy: Variables) -> None:
@@ -92,7 +105,7 @@ def _export(run: Run, place: Workdir, policy: Variables) -> None:
 
 def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
   config = run.config
-  rows = read_metrics(place.path / "metrics.jsonl")
+  rows = read_metrics(place.metrics)
   evals = [r for r in rows if r["split"] == "eval"]
   train = [r for r in rows if r["split"] == "train"]
   reports = run.data.reports
@@ -122,7 +135,7 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
     "final_eval": _metrics(evals[-1]) if evals else None,
     "skipped_steps": int(state.skipped),
     "checkpoint": str(place.checkpoints),
-    "report": str(place.path / "report.html"),
+    "report": str(place.report),
     "model_dir": str(place.model)
     if config.train.export and not config.model.quantize
     else None,

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from dpo_jax import processes
 from dpo_jax.config import Config, from_dict
 from dpo_jax.errors import UserError
+from dpo_jax.streams import Unread, watched
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File of configs/, e.g. configs/dpo.py, or file:arguments."
@@ -34,7 +35,9 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def run(main: Callable[[Config], None], *, many: bool = False) -> None:
+def run(
+  main: Callable[[Config], None], *, many: bool = False, goes_on: bool = False
+) -> None:
   """Parses flags into a typed config, calls `main`, and exits.
 
   Exit status: 0 done; 75 (`processes.STOPPED`) stopped by a signal, the same
@@ -44,6 +47,7 @@ def run(main: Callable[[Config], None], *, many: bool = False) -> None:
   Args:
     main: the program.
     many: whether it may be one of many processes.
+    goes_on: see `guard`.
   """
 
   def guarded(argv):
@@ -63,15 +67,27 @@ def run(main: Callable[[Config], None], *, many: bool = False) -> None:
       if not processes.leads():
         logging.getLogger("dpo_jax").setLevel(logging.WARNING)
     main(config)
+    sys.stdout.flush()  # or Python would at its end, past what follows
 
-  with guard():
+  with guard(goes_on=goes_on):
     app.run(guarded, flags_parser=_parse)
 
 
 @contextlib.contextmanager
-def guard() -> Iterator[None]:
+def guard(*, goes_on: bool = False) -> Iterator[None]:
   """Sets up logging; a `UserError` becomes one line on stderr and status 2,
-  `Stopped` one line and status 75."""
+  `Stopped` one line and status 75.
+
+  Args:
+    goes_on: whether there is more to do than to print, which is done also once
+      nobody reads standard output any more. A report ends there, with 0.
+  """
+  with watched(goes_on=goes_on), _guard():
+    yield
+
+
+@contextlib.contextmanager
+def _guard() -> Iterator[None]:
   handler = logging.StreamHandler(sys.stderr)
   handler.setFormatter(logging.Formatter("%(message)s"))
   log = logging.getLogger("dpo_jax")
@@ -82,14 +98,14 @@ def guard() -> Iterator[None]:
   absl_logging.set_stderrthreshold("warning")
   try:
     yield
+    sys.stdout.flush()
   except UserError as e:
     print(f"error: {_one_line(e)}", file=sys.stderr)
     processes.end(2)
   except processes.Stopped as e:
     print(e)
     processes.end(processes.STOPPED)
-  except BrokenPipeError:  # `| head` has seen enough
-    sys.stderr.close()
+  except Unread:
     sys.exit(0)
   except Exception:
     if not jax.distributed.is_initialized():

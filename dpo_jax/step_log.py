@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo_jax import flops, losses, metrics
 from dpo_jax.errors import UserError
+from dpo_jax.files import cannot_write
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
 from dpo_jax.writers import MetricsWriter
@@ -37,15 +38,18 @@ class StepLog:
     run: Run,
     started: float | None = None,
     skipped: pathlib.Path | None = None,
+    saved: Callable[[], str] = lambda: "nothing was saved",
   ):
     """Args:
     run: what is trained.
     started: when, as `time.time()`; None: now.
     skipped: file for the steps whose update was not finite, a JSON object
       with their rows of the data a line; None: none.
+    saved: says what there is to continue from.
     """
     self._run = run
     self._skipped = skipped
+    self._saved = saved
     # All at once, for a device would do one only after the steps before it.
     steps = jnp.arange(run.steps)
     self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(steps))
@@ -159,16 +163,14 @@ class StepLog:
         with self._skipped.open("a", encoding="utf-8") as file:
           file.write(line)
       except OSError as e:
-        raise UserError(
-          f"{self._skipped}: cannot be written: {e.strerror}"
-        ) from e
+        raise cannot_write(self._skipped, e) from e
     limit = self._run.config.train.max_skipped
     if self._skipped_in_a_row >= limit:
       raise UserError(
         f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a"
         " loss or gradient that is not finite; lower optim.learning_rate, or"
-        " look at the rows of the data that skipped.jsonl names. The last"
-        " checkpoint is intact"
+        " look at the rows of the data that skipped.jsonl names;"
+        f" {self._saved()}"
       )
 
 

@@ -84,9 +84,13 @@ class _Training:
   ):
     self.run, self.place, self.saved = run, place, saved
     self.stop, self.allow, self.begun = stop, allow, begun
-    self.log = StepLog(run, begun, place.skipped if processes.leads() else None)
-    log = run.config.log
-    number = processes.number()
+    number, log = processes.number(), run.config.log
+    self.log = StepLog(
+      run,
+      begun,
+      place.skipped if processes.leads() else None,
+      saved.newest_step,
+    )
     self.watchdog = Watchdog(log.watchdog, place.path, number)
     part = str(number) if processes.count() > 1 else ""
     self.trace = Trace(log.trace, place.trace / part, self.log.untimed)
@@ -96,9 +100,9 @@ class _Training:
     run, place, steps = self.run, self.place, self.saved.steps()
     if steps:
       self._check_newest(steps[-1])
-      if steps[-1] == run.steps and processes.lead(place.summary.exists):
-        _LOG.info("%s: complete, nothing to do", place.path)
-        return place.read_summary()
+    if processes.lead(lambda: self._complete(steps)):
+      _LOG.info("%s: complete, nothing to do", place.path)
+      return processes.lead(place.read_results)
     state, frozen = run.start()
     reference = run.load_reference(state.params, frozen)
     state = run.with_reference(state, reference)
@@ -120,6 +124,14 @@ class _Training:
     policy = join(frozen, state.params)
     seconds = time.time() - self.begun
     return finish(run, place, state, policy, reference, answerer, seconds)
+
+  def _complete(self, steps: Sequence[int]) -> bool:
+    """Whether the run came to its end, also where somebody has made room and
+    removed its checkpoints."""
+    if not self.place.summary.exists():
+      return False
+    done = steps[-1] if steps else self.place.read_summary().get("steps")
+    return done == self.run.steps
 
   def _loop(self, state, frozen, reference, start):
     """Runs the steps from `start`. Step n is launched before the metrics of

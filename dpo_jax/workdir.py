@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,10 @@ from dpo_jax import processes
 from dpo_jax.checkpoint import saved_steps
 from dpo_jax.config import Config, differences, without
 from dpo_jax.errors import ConfigError
+from dpo_jax.files import write_whole
 from dpo_jax.lock import Lock
+from dpo_jax.report import write_report
+from dpo_jax.writers import views
 
 
 class Workdir:
@@ -23,7 +27,7 @@ class Workdir:
   skipped.jsonl   steps whose update was not finite, and their rows of the data
   checkpoints/    orbax; what a stopped run continues from
   samples.jsonl   answers before and after
-  summary.json    what came out, with counts of dropped data
+  summary.json    what came out, with counts of dropped data; written last
   report.html     the same to look at
   model/          the trained model as a Hugging Face folder
   adapter/        with LoRA, the adapters alone in PEFT's format
@@ -39,6 +43,7 @@ class Workdir:
     self.samples = self.path / "samples.jsonl"
     self.skipped = self.path / "skipped.jsonl"
     self.summary = self.path / "summary.json"
+    self.report = self.path / "report.html"
     self.model = self.path / "model"
     self.adapter = self.path / "adapter"
     self.trace = self.path / "trace"
@@ -72,8 +77,8 @@ class Workdir:
     self, config: Config, allow: Sequence[str] = ()
   ) -> Iterator[None]:
     """Makes the directory this run's, and this run the only one in it. What
-    an attempt with other settings left that never came to a checkpoint is
-    removed. All processes of the run enter.
+    an attempt left that never came to a checkpoint is removed, for the data or
+    the model may be others now. All processes of the run enter.
 
     Raises:
       ConfigError: it cannot be written, holds another run, a run is going on
@@ -106,31 +111,22 @@ class Workdir:
 
   def _begin(self, config: Config, allow: Sequence[str]) -> None:
     self.check(config, allow)  # it may have become another's in between
-    if self.config.exists() and self._differences(config, allow):
-      for file in (self.samples, self.metrics, self.skipped):
-        file.unlink(missing_ok=True)
+    if not self._begun():
+      for left in (self.samples, self.metrics, self.skipped, *views(self.path)):
+        if left.is_dir():
+          shutil.rmtree(left)
+        else:
+          left.unlink(missing_ok=True)
     mine = {"config": config.to_dict(), "identity": config.identity()}
     text = json.dumps(mine, indent=2, default=str) + "\n"
     if not self.config.exists() or self.config.read_text() != text:
-      self.write_text(self.config, text)
+      write_whole(self.config, text)
 
   def write_json(self, path: pathlib.Path, value: Any) -> None:
-    self.write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
 
   def write_jsonl(self, path: pathlib.Path, rows: list[dict]) -> None:
-    self.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-  def write_text(self, path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-      with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a lost machine leaves a name and no text
-      part.replace(path)
-    except OSError as e:
-      raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
   def forget_skipped(self, step: int) -> None:
     """Leaves out of skipped.jsonl what comes after a step, to come again."""
@@ -162,6 +158,12 @@ class Workdir:
   def _begun(self) -> bool:
     """Whether there is anything to continue or to lose."""
     return bool(saved_steps(self.checkpoints)) or self.summary.exists()
+
+  def read_results(self) -> dict[str, Any]:
+    """The summary; makes a report of it where none is there."""
+    if not self.report.exists():
+      write_report(self.path)
+    return self.read_summary()
 
   def read_summary(self) -> dict[str, Any]:
     return self._read(self.summary)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import DataError
+from dpo_jax.files import cannot_write, write_whole
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "eval")
+_TENSORBOARD, _WANDB_ID = "tensorboard", "wandb_id.txt"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 _Log = Callable[[int, str, dict[str, float]], None]
@@ -69,11 +71,15 @@ class MetricsWriter:
     config: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
   ):
+    """Raises DataError where the file cannot be read or written."""
     self.directory = Path(directory)
-    self.directory.mkdir(parents=True, exist_ok=True)
     self.path = self.directory / FILE_NAME
-    _repair(self.path, resume_step)
-    self._file = self.path.open("a", encoding="utf-8")
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      _repair(self.path, resume_step)
+      self._file = self.path.open("a", encoding="utf-8")
+    except OSError as error:
+      raise cannot_write(self.path, error) from error
     self._backends: dict[str, tuple[_Log, _Close]] = {}
     if tensorboard:
       self._start(
@@ -104,9 +110,7 @@ class MetricsWriter:
       self._file.write(json.dumps(row, allow_nan=False) + "\n")
       self._file.flush()
     except OSError as error:
-      raise DataError(
-        f"{self.path}: cannot be written: {error.strerror}"
-      ) from error
+      raise cannot_write(self.path, error) from error
     for name in list(self._backends):
       self._guard(name, self._backends[name][0], step, split, numbers)
 
@@ -150,6 +154,11 @@ class MetricsWriter:
       "%s is off for the rest of this run: %s: %s. Metrics go to %s.",
       *(name, type(error).__name__, error, self.path),
     )
+
+
+def views(directory: str | os.PathLike) -> list[Path]:
+  """What the views of a run keep in its directory."""
+  return [Path(directory) / name for name in (_TENSORBOARD, _WANDB_ID)]
 
 
 class NoWriter:
@@ -204,12 +213,7 @@ def _repair(path: Path, resume_step: int | None) -> None:
   content = b"".join(kept)
   if content == path.read_bytes():
     return
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  write_whole(path, content)
 
 
 def _tensorboard(
@@ -218,7 +222,7 @@ def _tensorboard(
   from tensorboardX import SummaryWriter
 
   purge = None if resume_step is None else resume_step + 1
-  writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+  writer = SummaryWriter(str(directory / _TENSORBOARD), purge_step=purge)
 
   def log(step: int, split: str, values: dict[str, float]) -> None:
     for key, value in values.items():
@@ -233,7 +237,7 @@ def _wandb(
   import wandb
 
   # A resumed run continues its curves under the id it started with.
-  id_file = directory / "wandb_id.txt"
+  id_file = directory / _WANDB_ID
   if not id_file.exists():
     id_file.write_text(uuid.uuid4().hex[:12] + "\n")
   run = wandb.init(

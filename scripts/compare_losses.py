@@ -45,7 +45,7 @@ def main() -> None:
       config.train.steps = args.steps
     return train(from_dict(config.to_dict()), workdir / name)["model_dir"]
 
-  with guard():
+  with guard(goes_on=True):
     write_corpus(workdir / "data")
     names = args.losses.split(",") if args.losses else losses_to_compare()
     sft = quickstart.get_config(f"stage=sft,root={workdir}")
@@ -57,8 +57,8 @@ def main() -> None:
       models[name] = run(f"loss {name}", config)
     judged = quickstart.get_config(f"root={workdir}")
     rows = compare(from_dict(judged.to_dict()), models)
-  rows[1:] = sorted(rows[1:], key=lambda row: -row.reward)
-  _write(workdir, [rows[0]._replace(name="SFT, the start"), *rows[1:]])
+    rows[1:] = sorted(rows[1:], key=lambda row: -row.reward)
+    _write(workdir, [rows[0]._replace(name="SFT, the start"), *rows[1:]])
 
 
 def _write(workdir: pathlib.Path, rows: list) -> None:

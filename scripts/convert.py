@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     "--max_shard_gb", type=float, default=5.0, help="most GiB of a file (5)"
   )
   args = parser.parse_args(argv)
-  with guard():
+  with guard(goes_on=True):
     if not 0 < args.max_shard_gb < 2**20:
       raise ConfigError(f"--max_shard_gb={args.max_shard_gb} should be above 0")
     line = convert(

@@ -21,15 +21,16 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well.")
 
 def _main(config):
   from dpo_jax.errors import ConfigError
+  from dpo_jax.files import write_whole
   from dpo_jax.judge import judge, render
 
   output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
   if output and not output.absolute().parent.is_dir():
     raise ConfigError(f"--output={output}: no such directory")
   result = judge(config)
+  if output:  # first: whoever reads what is printed may have seen enough
+    write_whole(output, json.dumps(result, indent=2) + "\n")
   print(render(result))
-  if output:
-    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,4 +59,4 @@ def _main(config):
 
 
 if __name__ == "__main__":
-  main.run(_main)
+  main.run(_main, goes_on=True)

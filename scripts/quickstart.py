@@ -32,7 +32,7 @@ def main() -> None:
   from dpo_jax.train import train
 
   workdir = pathlib.Path(args.workdir)
-  with guard():
+  with guard(goes_on=True):
     for path in write_corpus(workdir / "data").values():
       print(f"wrote {path}")
     for stage in ("sft", "dpo"):
@@ -41,7 +41,7 @@ def main() -> None:
       if args.steps:
         config.train.steps = args.steps
       summary = train(from_dict(config.to_dict()), workdir / stage)
-  _report(workdir, summary, time.time() - begun)
+    _report(workdir, summary, time.time() - begun)
 
 
 def _report(workdir: pathlib.Path, dpo: dict, seconds: float) -> None:

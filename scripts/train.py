@@ -37,4 +37,4 @@ def _main(config):
 
 
 if __name__ == "__main__":
-  main.run(_main, many=True)
+  main.run(_main, many=True, goes_on=True)

@@ -83,7 +83,7 @@ def page(directory, summary=None, samples=None):
     (directory / "samples.jsonl").write_text(lines)
   path = write_report(directory)
   assert path == directory / "report.html"
-  assert not list(directory.glob("*.tmp"))
+  assert not list(directory.glob("*.part"))
   parsed = Page(path.read_text(encoding="utf-8"))
   assert parsed.open == []
   return parsed

@@ -62,7 +62,7 @@ def test_resume_drops_rows_after_the_resumed_step(tmp_path):
   write_steps(tmp_path, [5, 6], resume_step=4)
   steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
   assert steps == [1, 2, 3, 4, 5, 6]
-  assert not list(tmp_path.glob("*.tmp"))
+  assert not list(tmp_path.glob("*.part"))
 
 
 def test_rows_are_kept_when_nothing_is_resumed(tmp_path):
@@ -100,7 +100,7 @@ def test_a_failed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
     raise OSError("disk full")
 
   monkeypatch.setattr("os.fsync", fail)
-  with pytest.raises(OSError, match="disk full"):
+  with pytest.raises(DataError, match=r"metrics.jsonl: .*: disk full"):
     MetricsWriter(tmp_path, resume_step=1)
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -206,3 +206,12 @@ def test_a_row_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
   with pytest.raises(DataError, match=r"metrics.jsonl: .*No space left"):
     writer.write(1, "train", {"loss": 1.0})
   writer.close()
+
+
+def test_a_disk_that_takes_no_file_is_one_sentence(tmp_path, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("pathlib.Path.open", full)
+  with pytest.raises(DataError, match=r"metrics.jsonl: .*No space left"):
+    MetricsWriter(tmp_path)

@@ -7,7 +7,6 @@ modules that were trained beside them) is refused by name.
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -17,6 +16,7 @@ import safetensors.numpy
 
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, layout
+from dpo_jax.models.hf_write import whole_folder
 from dpo_jax.models.lora import Lora, Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -165,16 +165,12 @@ def save(
     for index in layout.indices(name, leaf.shape):
       tensor = layout.to_hf(ours, np.asarray(leaf[index]))
       tensors[_names(name, side).format(*index)] = tensor
-  path = pathlib.Path(path)
-  part = path.with_name(path.name + ".part")
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
-  metadata = {"format": "pt"}
-  safetensors.numpy.save_file(tensors, part / WEIGHTS, metadata=metadata)
+  # Not by safetensors' own save_file, which has no OSError for a full disk.
+  weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
   text = json.dumps(_config(lora, sorted(modules), base), indent=2)
-  (part / CONFIG).write_text(text + "\n", encoding="utf-8")
-  shutil.rmtree(path, ignore_errors=True)
-  part.rename(path)
+  with whole_folder(path) as part:
+    (part / WEIGHTS).write_bytes(weights)
+    (part / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _config(lora: Lora, modules: list[str], base: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from dpo_jax.errors import DataError
+from dpo_jax.files import write_whole
 from dpo_jax.report.charts import charts, curves_of
 from dpo_jax.report.findings import changes, headline, notes
 from dpo_jax.report.markup import details, div, spell, table, text
@@ -40,11 +41,22 @@ _PAGE = Template("""<!doctype html><html lang="en"><head><meta charset="utf-8">
 """)
 
 
-def write_report(directory: str | os.PathLike) -> Path:
-  """Writes `directory/report.html` and returns its path."""
+def write_report(
+  directory: str | os.PathLike, summary: Mapping[str, Any] | None = None
+) -> Path:
+  """Writes `directory/report.html` and returns its path.
+
+  Args:
+    directory: of a run.
+    summary: of the run, as JSON has it; None reads what lies there.
+
+  Raises:
+    DataError: a file is missing or damaged, or the page cannot be written.
+  """
   directory = Path(directory)
   curves = curves_of(read_metrics(directory / FILE_NAME))
-  (summary,) = _read(directory / "summary.json") or [{}]
+  if summary is None:
+    (summary,) = _read(directory / "summary.json") or [{}]
   summary = {k: v for k, v in summary.items() if v is not None}
   method = str(summary.get("method", ""))
   names = [method.upper(), str(summary.get("model", ""))]
@@ -61,10 +73,7 @@ def write_report(directory: str | os.PathLike) -> Path:
   title = text(": ".join(filter(None, names)) or "Training run")
   page = _PAGE.substitute(title=title, css=CSS, body="".join(body))
   path = directory / "report.html"
-  temporary = path.with_name(path.name + ".tmp")
-  # Lone surrogates, which JSON can carry and UTF-8 cannot, become "?".
-  temporary.write_text(page, encoding="utf-8", errors="replace")
-  temporary.replace(path)
+  write_whole(path, page)
   return path
 
 

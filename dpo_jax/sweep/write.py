@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dpo_jax.files import write_whole
 from dpo_jax.sweep.options import Sweep
 from dpo_jax.sweep.page import render_page
 from dpo_jax.sweep.table import Row, to_csv, to_markdown
@@ -15,7 +16,4 @@ def write_tables(sweep: Sweep, rows: Sequence[Row]) -> None:
     ("table.md", to_markdown(rows)),
     ("sweep.html", render_page(sweep, rows)),
   ):
-    part = sweep.root / f"{name}.part"
-    # Lone surrogates, which JSON can carry and UTF-8 cannot, become "?".
-    part.write_text(content, encoding="utf-8", errors="replace")
-    part.replace(sweep.root / name)
+    write_whole(sweep.root / name, content)
