@@ -1,14 +1,10 @@
 """Checkpoints of a run: the state, the step, and what they belong to.
 
-Orbax writes asynchronously and atomically, in any number of processes. It has
-no checksums of arrays, so beside the state lies a JSON document that holds
-them, the shape and dtype of every array, and which run it is; the document has
-a digest of itself. All of it is verified when a step is read.
+Orbax writes asynchronously and atomically, in any number of processes. Beside
+the state lies the document of `stored`, by which it is verified when read.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
@@ -17,18 +13,23 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax import checksums, processes
+from dpo_jax import processes
 from dpo_jax.errors import CheckpointError
+from dpo_jax.files import cannot_write
+from dpo_jax.stored import (
+  DamagedError,
+  in_words,
+  one_line,
+  read_document,
+  read_meta,
+  read_state,
+  seal,
+)
 
 _LOG = logging.getLogger("dpo_jax")
 _POLICIES = ocp.checkpoint_managers
-
-
-class DamagedError(CheckpointError):
-  """A step that cannot be read, or does not hold what was written."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -49,7 +50,8 @@ class Checkpoints:
     *,
     best: str = "",
   ):
-    """Removes what an interrupted save left.
+    """Removes what an interrupted save left. Raises DataError where the
+    directory cannot be made.
 
     Args:
       directory: made where it is missing.
@@ -62,17 +64,20 @@ class Checkpoints:
       for left in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     processes.wait("clean")
-    self._manager = _Manager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(self.directory, max_to_keep, best),
-        enable_async_checkpointing=True,
-      ),
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-      },
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=_Kept(self.directory, max_to_keep, best),
+      enable_async_checkpointing=True,
     )
+    handlers = {
+      "state": ocp.StandardCheckpointHandler(),
+      "meta": ocp.JsonCheckpointHandler(),
+    }
+    try:
+      self._manager = _Manager(
+        self.directory, options=options, item_handlers=handlers
+      )
+    except OSError as e:
+      raise cannot_write(self.directory, e) from e
 
   def steps(self) -> list[int]:
     """Of the complete checkpoints, in order; as the leader sees them, for file
@@ -99,12 +104,7 @@ class Checkpoints:
       CheckpointError: nothing was saved, because the step is there already or
         because writing failed (also when an earlier write failed meanwhile).
     """
-    document = meta | {
-      "arrays": _describe(state),
-      "checksums": checksums.of_tree(state),
-      "value": value,
-    }
-    document["digest"] = _digest(document)
+    document = seal(meta | {"value": value}, state)
     try:
       saved = self._manager.save(
         step,
@@ -138,21 +138,16 @@ class Checkpoints:
     except (OSError, ValueError) as e:
       raise self._failed(e) from e
 
-  def newest_step(self) -> str:
+  def newest_in_words(self) -> str:
     """What there is to continue from, in words; a save under way is waited for.
     All processes ask."""
     with contextlib.suppress(CheckpointError):
       self.wait()
-    return processes.lead(lambda: _intact(self.directory))
+    return processes.lead(lambda: in_words(self.directory))
 
   def restore(self, step: int, abstract: Any) -> Any:
-    """Reads a state into the shapes, dtypes and shardings of `abstract`.
-
-    Raises:
-      DamagedError: it cannot be read, or is not what was written.
-      CheckpointError: it is of another shape or dtype.
-    """
-    return _read(self.directory, step, abstract, _read_state)
+    """See `stored.read_state`."""
+    return read_state(self.directory, step, abstract)
 
   def newest(
     self, abstract: Any, check: Callable[[dict], None], *, strict: bool = False
@@ -212,10 +207,13 @@ class Checkpoints:
     self._manager.reload()
 
   def _failed(self, error: Exception) -> CheckpointError:
-    free = shutil.disk_usage(self.directory).free
+    try:
+      free = f"{shutil.disk_usage(self.directory).free:,} bytes free"
+      there = in_words(self.directory)
+    except OSError as e:  # of a disk that went away
+      free, there = f"not to be reached: {e.strerror}", "nothing else is known"
     return CheckpointError(
-      f"{self.directory}: saving failed ({free:,} bytes free);"
-      f" {_intact(self.directory)}: {_one_line(error)}"
+      f"{self.directory}: saving failed ({free}); {there}: {one_line(error)}"
     )
 
 
@@ -243,148 +241,10 @@ class _Kept(_POLICIES.PreservationPolicy):
   def _value(self, step: int) -> float | None:
     if step not in self._values:
       try:  # alone: orbax asks when it likes, maybe not in all processes
-        value = _document(pathlib.Path(self._directory, str(step)))["value"]
+        document = read_document(pathlib.Path(self._directory, str(step)))
       except Exception:  # damaged, which a restore will say
         return None
+      value = document["value"]
       good = value is not None and math.isfinite(value)
       self._values[step] = value if good else None
     return self._values[step]
-
-
-def saved_steps(directory: str | os.PathLike) -> list[int]:
-  """Steps of the complete checkpoints, in order. Unlike `Checkpoints`, this
-  leaves alone what a run that is still going is writing."""
-  directory = pathlib.Path(directory)
-  if not directory.is_dir():
-    return []
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
-
-
-def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
-  """The JSON document of a step; writes nothing.
-
-  Raises:
-    DamagedError: it cannot be read, or is not what was written.
-  """
-  place = pathlib.Path(directory).absolute() / str(step)
-  document, error = None, None
-  try:
-    document = _document(place)
-  except Exception as e:  # of damaged files orbax raises no narrower one
-    error = e
-  if not processes.all_agree(error is None):
-    raise _damaged(place, error) from error
-  return document
-
-
-def read_trained(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
-  """Reads what a step holds of the policy, and nothing of the optimizer.
-
-  Args:
-    directory: of the checkpoints; nothing is written there.
-    step: one of `saved_steps`.
-    abstract: the trained variables as shapes, dtypes and shardings.
-
-  Raises:
-    DamagedError: it cannot be read, or is not what was written.
-    CheckpointError: other arrays are trained.
-  """
-  return _read(directory, step, {"params": abstract}, _read_part)["params"]
-
-
-def _document(place: pathlib.Path) -> dict[str, Any]:
-  document = ocp.JsonCheckpointHandler().restore(place / "meta")
-  if document.pop("digest") != _digest(document):
-    raise ValueError("its document was changed since it was written")
-  return document
-
-
-def _read(directory, step, abstract, read) -> Any:
-  place = pathlib.Path(directory).absolute() / str(step)
-  document = read_meta(directory, step)
-  wanted = _describe(abstract)
-  saved = document["arrays"]
-  if read is _read_part:
-    top = {name.partition("/")[0] for name in wanted}
-    saved = {k: v for k, v in saved.items() if k.partition("/")[0] in top}
-  _check_fits(f"{directory}: step {step}", saved, wanted)
-  tree, error = None, None
-  try:
-    # Not through a manager or checkpointer: those wait for all processes at
-    # the end, and one that fails would leave the others waiting.
-    tree = read(place / "state", abstract)
-  except Exception as e:  # of damaged arrays orbax raises no narrower one
-    error = e
-  if not processes.all_agree(error is None):
-    raise _damaged(place, error) from error
-  now = checksums.of_tree(tree)
-  changed = [k for k in wanted if now[k] != document["checksums"].get(k)]
-  # A copy may have been changed in one process only.
-  if not processes.all_agree(not changed):
-    if not changed:
-      raise _damaged(place, None)
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    error = ValueError(f"{changed[0]}{more} changed since it was written")
-    raise _damaged(place, error)
-  return tree
-
-
-def _read_state(place, abstract):
-  args = ocp.args.StandardRestore(abstract)
-  return ocp.StandardCheckpointHandler().restore(place, args=args)
-
-
-def _read_part(place, abstract):
-  args = ocp.args.PyTreeRestore(
-    item=abstract,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-    partial_restore=True,
-  )
-  return ocp.PyTreeCheckpointHandler().restore(place, args=args)
-
-
-def _damaged(place: pathlib.Path, error: Exception | None) -> DamagedError:
-  reason = _one_line(error) if error else "another process cannot read it"
-  return DamagedError(f"{place}: cannot be restored: {reason}")
-
-
-def _intact(directory: str) -> str:
-  steps = saved_steps(directory)
-  if not steps:
-    return "there is no checkpoint to continue from"
-  return f"step {steps[-1]} is there to continue from"
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:300]
-
-
-def _digest(document: dict[str, Any]) -> str:
-  text = json.dumps(document, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_fits(where: str, saved: dict[str, str], wanted: dict[str, str]):
-  """Orbax alone would cast to another dtype silently."""
-  wrong = [
-    f"{name}: saved {saved.get(name, 'nothing')}, this run has"
-    f" {wanted.get(name, 'nothing')}"
-    for name in sorted(saved.keys() | wanted.keys())
-    if saved.get(name) != wanted.get(name)
-  ]
-  if wrong:
-    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-    raise CheckpointError(
-      f"{where} does not fit: " + "; ".join(wrong[:3]) + more
-    )
-
-
-def _describe(state: Any) -> dict[str, str]:
-  """Path of each array -> dtype and shape, as in "float32[2, 64]"."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{leaf.dtype}{list(leaf.shape)}"
-    )
-    for path, leaf in leaves
-  }

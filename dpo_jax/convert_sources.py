@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax import checkpoint, sharding
+from dpo_jax import sharding, stored
 from dpo_jax.build import build
 from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError
@@ -70,7 +70,7 @@ def choose_step(workdir: pathlib.Path, step: int | None) -> int:
   Raises:
     CheckpointError: there is none.
   """
-  steps = checkpoint.saved_steps(Workdir(workdir).checkpoints)
+  steps = stored.saved_steps(Workdir(workdir).checkpoints)
   if not steps:
     raise CheckpointError(f"{workdir}: the run has no checkpoint yet")
   if step is not None and step not in steps:
@@ -99,9 +99,9 @@ def load_run(workdir: pathlib.Path, step: int) -> Source:
   built = build(config)
   trainable = Trainable(built.abstract, config.optim.freeze)
   trained, frozen = trainable.split(built.abstract)
-  variables = checkpoint.read_trained(place.checkpoints, step, trained)
+  variables = stored.read_trained(place.checkpoints, step, trained)
   if frozen:  # as the run found it
-    meta = checkpoint.read_meta(place.checkpoints, step)
+    meta = stored.read_meta(place.checkpoints, step)
     _check_same(config.model.path, meta.get("frozen"))
     _check_same(config.lora.path, meta.get("adapters"))
     _, frozen = trainable.split(load_policy(config, built))

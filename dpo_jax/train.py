@@ -12,7 +12,7 @@ import grain
 
 from dpo_jax import processes, sharding
 from dpo_jax.answers import Answerer, sample_rows
-from dpo_jax.checkpoint import Checkpoints, DamagedError, read_meta
+from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config, check_names, differences, without
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.finish import finish
@@ -20,6 +20,7 @@ from dpo_jax.processes import Stopped, StopSignal
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
 from dpo_jax.step_log import StepLog
+from dpo_jax.stored import DamagedError, read_meta
 from dpo_jax.trainable import join
 from dpo_jax.watch import Trace, Watchdog
 from dpo_jax.workdir import Workdir
@@ -89,7 +90,7 @@ class _Training:
       run,
       begun,
       place.skipped if processes.leads() else None,
-      saved.newest_step,
+      saved.newest_in_words,
     )
     self.watchdog = Watchdog(log.watchdog, place.path, number)
     part = str(number) if processes.count() > 1 else ""

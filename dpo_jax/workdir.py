@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_jax import processes
-from dpo_jax.checkpoint import saved_steps
 from dpo_jax.config import Config, differences, without
 from dpo_jax.errors import ConfigError
 from dpo_jax.files import write_whole
 from dpo_jax.lock import Lock
 from dpo_jax.report import write_report
+from dpo_jax.stored import saved_steps
 from dpo_jax.writers import views
 
 

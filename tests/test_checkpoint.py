@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import checkpoint
-from dpo_jax.checkpoint import Checkpoints, DamagedError, saved_steps
-from dpo_jax.errors import CheckpointError
+from dpo_jax import checkpoint, stored
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.errors import CheckpointError, DataError
+from dpo_jax.stored import DamagedError, saved_steps
 
 
 def state(step):
@@ -52,7 +53,7 @@ def test_what_is_read_is_what_was_written(written, tmp_path):
     step, meta, ours = saved.newest(abstract(), accept)
   assert (step, meta["step"]) == (2, 2)
   same(ours, 2)
-  part = checkpoint.read_trained(place, 1, abstract()["params"])
+  part = stored.read_trained(place, 1, abstract()["params"])
   jax.tree.map(np.testing.assert_array_equal, part, state(1)["params"])
 
 
@@ -143,7 +144,7 @@ def test_exported_weights_are_verified_too(written, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     try:
-      part = checkpoint.read_trained(place, 2, abstract()["params"])
+      part = stored.read_trained(place, 2, abstract()["params"])
     except DamagedError:
       found += 1
     else:
@@ -160,7 +161,7 @@ def test_a_document_that_was_edited_is_not_believed(written, tmp_path):
   ]
   file.write_text(file.read_text().replace('"me"', '"you"'))
   with pytest.raises(DamagedError, match="changed since"):
-    checkpoint.read_meta(place, 2)
+    stored.read_meta(place, 2)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,25 @@ def test_what_an_interrupted_save_left_is_removed(written, tmp_path):
 
 
 def test_documents_are_json_with_a_digest(written):
-  meta = checkpoint.read_meta(written, 1)
+  meta = stored.read_meta(written, 1)
   assert meta["arrays"]["params/w"] == "float32[64, 33]"
   assert len(meta["checksums"]["params/w"]) == 16
   json.dumps(meta)
+
+
+def test_a_disk_that_went_away_is_one_sentence(tmp_path, monkeypatch):
+  def gone(*_, **__):
+    raise OSError(116, "Stale file handle")
+
+  with (
+    pytest.raises(CheckpointError, match="not to be reached: Stale file"),
+    Checkpoints(tmp_path / "run") as saved,
+  ):
+    monkeypatch.setattr(saved._manager, "save", gone)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", gone)
+    saved.save(1, state(1), {})
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence():
+  with pytest.raises(DataError, match="/proc/checkpoints: cannot be written"):
+    Checkpoints("/proc/checkpoints")  # where not even root writes

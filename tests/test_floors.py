@@ -16,6 +16,7 @@ FLOORS = (
     "optim",
     "sharding",
     "checkpoint",
+    "stored",
     "metrics",
     "writers",
     "progress",

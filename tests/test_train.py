@@ -21,7 +21,7 @@ from runs import (  # noqa: F401
   stop_after,
 )
 
-from dpo_jax import checkpoint
+from dpo_jax import checkpoint, stored
 from dpo_jax import train as train_module
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import CheckpointError, ConfigError, UserError
@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_named(corpus, finished, tmp_path):
   run = Run(small_config(corpus))
   with (
     checkpoint.Checkpoints(copy) as saved,
-    pytest.raises(checkpoint.DamagedError, match=f"{STEPS}: cannot be"),
+    pytest.raises(stored.DamagedError, match=f"{STEPS}: cannot be"),
   ):
     saved.restore(STEPS, run.abstract_state)
 
@@ -497,10 +497,10 @@ def test_a_signal_while_restoring_damages_nothing(
     signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "_read_state", read)
+    patch.setattr(stored, "_read_whole", read)
     with pytest.raises(Stopped):
       train(small_config(corpus), workdir)
-  assert checkpoint.saved_steps(workdir / "checkpoints") == [4, 6]
+  assert stored.saved_steps(workdir / "checkpoints") == [4, 6]
   assert train(small_config(corpus), workdir)["steps"] == STEPS
 
 

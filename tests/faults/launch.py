@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-from dpo_jax.checkpoint import read_meta
 from dpo_jax.metrics import CLOCKED
+from dpo_jax.stored import read_meta
 from dpo_jax.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
