@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -64,8 +64,9 @@ class Checkpoints:
       for left in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     processes.wait("clean")
+    self._kept = _Kept(self.directory, max_to_keep, best)
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=_Kept(self.directory, max_to_keep, best),
+      preservation_policy=self._kept,
       enable_async_checkpointing=True,
     )
     handlers = {
@@ -119,6 +120,11 @@ class Checkpoints:
         f"{self.directory}: step {step} not saved; newest is"
         f" {self._manager.latest_step()}"
       )
+
+  def learn(self, values: Mapping[int, float]) -> None:
+    """Takes what `best` compares from outside, for steps that were saved before
+    they were evaluated, as a run that is stopped does."""
+    self._kept.values |= values
 
   def check(self) -> None:
     """Raises CheckpointError if writing in the background has failed."""
@@ -224,7 +230,7 @@ class _Kept(_POLICIES.PreservationPolicy):
     self._directory = directory
     self._newest = newest
     self._best = best
-    self._values: dict[int, float | None] = {}
+    self.values: dict[int, float | None] = {}
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
     del context
@@ -232,19 +238,19 @@ class _Kept(_POLICIES.PreservationPolicy):
     kept = set(sorted(steps)[-self._newest :])
     if self._best:
       values = {s: self._value(s) for s in steps}
-      known = [s for s in steps if values[s] is not None]
+      known = [
+        s for s in steps if values[s] is not None and math.isfinite(values[s])
+      ]
       if known:
         sign = 1 if self._best == "max" else -1
         kept.add(max(known, key=lambda s: (sign * values[s], -s)))
     return [s in kept for s in steps]
 
   def _value(self, step: int) -> float | None:
-    if step not in self._values:
+    if step not in self.values:
       try:  # alone: orbax asks when it likes, maybe not in all processes
         document = read_document(pathlib.Path(self._directory, str(step)))
       except Exception:  # damaged, which a restore will say
         return None
-      value = document["value"]
-      good = value is not None and math.isfinite(value)
-      self._values[step] = value if good else None
-    return self._values[step]
+      self.values[step] = document["value"]
+    return self.values[step]

@@ -96,6 +96,7 @@ class _Training:
     part = str(number) if processes.count() > 1 else ""
     self.trace = Trace(log.trace, place.trace / part, self.log.untimed)
     self.evaluated: tuple[int, dict[str, float]] | None = None  # last row
+    self.best = run.config.train.keep_best.partition(" ")[2]
 
   def go(self) -> dict[str, Any]:
     run, place, steps = self.run, self.place, self.saved.steps()
@@ -119,7 +120,7 @@ class _Training:
     if processes.leads():
       self.place.forget_skipped(start)
     with self._writer(start) as self.log.writer:
-      self.evaluated = processes.lead(self._last_evaluated)
+      self._take_up(processes.lead(self._evaluated_rows))
       state = self._loop(state, frozen, reference, start)
     self.saved.wait()
     policy = join(frozen, state.params)
@@ -165,7 +166,7 @@ class _Training:
         last, stopping = step == run.steps, self.stop.requested()
         due = last or _due(step, t.eval_every)
         saves = last or stopping or _due(step, t.checkpoint_every)
-        saves |= due and bool(t.keep_best)
+        saves |= due and bool(self.best)
         if due or saves:
           log.add(progress, *previous)
           self.watchdog.beat(step)
@@ -201,8 +202,8 @@ class _Training:
     if result is None:
       return True
     self.log.writer.write(step, "eval", result.means)
-    if best := run.config.train.keep_best:
-      _named(result.means, best.split()[1])  # before steps are lost to a typo
+    if self.best:  # before steps are lost to a typo
+      self.saved.learn({step: _named(result.means, self.best)})
     self.evaluated = step, result.means
     return False
 
@@ -214,8 +215,8 @@ class _Training:
       "config": self.run.config.identity(),
     }
     value, (at, means) = None, self.evaluated or (None, {})
-    if (best := self.run.config.train.keep_best) and at == step:
-      value = _named(means, best.split()[1])
+    if self.best and at == step:
+      value = _named(means, self.best)
     with self.log.untimed():
       self.saved.save(step, state, meta, value)
 
@@ -262,9 +263,16 @@ class _Training:
     if processes.leads():
       self.place.write_jsonl(self.place.samples, rows)
 
-  def _last_evaluated(self):
-    rows = [r for r in read_metrics(self.place.metrics) if r["split"] == "eval"]
-    return (rows[-1]["step"], rows[-1]) if rows else None
+  def _evaluated_rows(self) -> list[dict[str, Any]]:
+    rows = read_metrics(self.place.metrics)
+    return [row for row in rows if row["split"] == "eval"]
+
+  def _take_up(self, rows: list[dict[str, Any]]) -> None:
+    """Takes what earlier attempts evaluated as known."""
+    if rows:
+      self.evaluated = rows[-1]["step"], rows[-1]
+    if best := self.best:
+      self.saved.learn({r["step"]: r[best] for r in rows if best in r})
 
   def _writer(self, start: int) -> MetricsWriter | NoWriter:
     if not processes.leads():

@@ -20,6 +20,7 @@ from dpo_jax.data.corpus import write_corpus
 from dpo_jax.dry_run import render_summary
 from dpo_jax.errors import DataError, UserError
 from dpo_jax.models import hf
+from dpo_jax.stored import saved_steps
 from dpo_jax.train import Stopped, train
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import read_metrics
@@ -200,3 +201,21 @@ def test_a_run_that_diverges_says_what_there_is_to_continue_from(
   )  # fmt: skip
   with pytest.raises(UserError, match=f"2 steps in a row.*{words}"):
     train(config, tmp_path / "run")
+
+
+def test_a_step_that_was_evaluated_after_it_was_saved_may_be_the_best(
+  corpus, tmp_path, monkeypatch
+):
+  config = small_config(
+    corpus, **{"train.keep_best": "max loss", "train.keep_checkpoints": 1,
+               "sample.prompts": 0, "train.export": False}
+  )  # fmt: skip
+  train(config, tmp_path / "whole")
+  for stop in (3, 5):  # the first leaves evaluation to who continues it
+    with monkeypatch.context() as patch:
+      stop_after(patch, stop)
+      with pytest.raises(Stopped):
+        train(config, tmp_path / "parts")
+  train(config, tmp_path / "parts")
+  for folder in ("whole", "parts"):
+    assert saved_steps(tmp_path / folder / "checkpoints") == [3, 6]
