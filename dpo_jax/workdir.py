@@ -33,6 +33,7 @@ class Workdir:
   adapter/        with LoRA, the adapters alone in PEFT's format
   stacks-N.txt    of process N, where it hung
   trace/          the profile of chosen steps
+  tensorboard/, wandb_id.txt  of the views of metrics.jsonl, where asked for
   """
 
   def __init__(self, path: str | os.PathLike):
