@@ -82,6 +82,7 @@ def launch(
   fault="",
   workdirs=None,
   last=(),
+  unread=False,
 ) -> Running:
   """Starts a run on a corpus and returns at once.
 
@@ -96,6 +97,7 @@ def launch(
     fault: see `faulty_train`.
     workdirs: names beside `workdir`, one for each process, instead of it.
     last: further flags of the last process.
+    unread: nobody reads what it prints, as after `| head`; no logs.
   """
   script = ROOT / "scripts" / "train.py"
   if fault or processes > 1:
@@ -133,13 +135,20 @@ def launch(
       ]  # fmt: skip
       command += last if i == processes - 1 else ()
     files.append(logs / f"{attempt}-{i}.txt")
-    with files[-1].open("w") as out:
+    with _closed_pipe() if unread else files[-1].open("w") as out:
       started.append(
         subprocess.Popen(
           command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
         )
       )
   return Running(started, files, workdir)
+
+
+def _closed_pipe():
+  """The end to write into of a pipe whose other end was closed."""
+  read, write = os.pipe()
+  os.close(read)
+  return os.fdopen(write, "w")
 
 
 def saved(workdir) -> list[int]:
