@@ -189,7 +189,9 @@ def test_the_script_trains_judges_and_writes_once(
     return [SOME[0], SOME[2]._replace(name="ipo", reward=0.1), SOME[1]]
 
   # It would set up logging for all tests after this one.
-  monkeypatch.setattr("dpo_jax.main.guard", contextlib.nullcontext)
+  monkeypatch.setattr(
+    "dpo_jax.main.guard", lambda **_: contextlib.nullcontext()
+  )
   monkeypatch.setattr("dpo_jax.train.train", train)
   monkeypatch.setattr(compare_module, "compare", judged)
   monkeypatch.setattr(
