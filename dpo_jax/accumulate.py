@@ -20,6 +20,7 @@ def accumulate(
   microbatches: int,
   *,
   coupled: bool,
+  whole: Callable[[Tree, Batch, Any], tuple[jax.Array, Tree]] | None = None,
 ) -> tuple[Tree, Tree]:
   """Gradient by `params` of a sum over the examples of a batch.
 
@@ -36,14 +37,17 @@ def accumulate(
     batch: B rows, a multiple of `microbatches`.
     microbatches: number of parts.
     coupled: whether the objective couples examples.
+    whole: (params, part, number) -> the objective of the part's scores, where
+      that can be had better than from these functions; not if coupled.
 
   Returns:
     Gradients like `params`, and the auxiliary sums over the batch.
   """
 
-  def whole(params, part, number):
+  def scored_first(params, part, number):
     return objective(policy(params, part, number), reference(part), part)
 
+  whole = whole or scored_first
   if microbatches == 1:
     return jax.grad(whole, has_aux=True)(params, batch, 0)
   parts = jax.tree.map(lambda x: _split(x, microbatches), batch)

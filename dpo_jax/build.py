@@ -30,7 +30,7 @@ from dpo_jax.models import hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.progress import row_bar
-from dpo_jax.score import Score, make_score
+from dpo_jax.score import Score
 
 _LOG = logging.getLogger("dpo_jax")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -106,7 +106,9 @@ def build(config: Config) -> Built:
     pack = functools.partial(quantize.pack, kind=c.quantize)
     abstract["params"] = jax.eval_shape(pack, abstract["params"])
   abstract = sharding.placed(abstract, mesh)
-  score = make_score(model, tile=c.head_tile, place_head=pins.head)
+  score = Score(
+    model, tile=c.head_tile, place_head=pins.head, place_sweep=pins.sweep
+  )
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
 
 

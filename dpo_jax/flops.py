@@ -2,7 +2,8 @@
 
 Needed are the products with weights and in attention over tokens that are
 there: a prompt once for all its responses, no padding, visible keys only, the
-unembedding where a response token is predicted, nothing twice. What recomputing
+unembedding where a response token is predicted and the last layer only there,
+but for its keys and values, nothing twice. What recomputing
 (remat, tiles of the head, blocks of attention) costs on top is not counted, so
 that `mfu` is a share of useful work. A multiply-add is two FLOPs; norms,
 softmax, optimizer and the loss itself are left out.
@@ -23,6 +24,7 @@ class Work(NamedTuple):
   seen: int  # (query, visible key) pairs in a layer that sees all
   seen_near: int  # likewise in a layer with a sliding window
   scored: int  # positions that meet the vocabulary
+  asked: int  # (query, visible key) pairs of these in the last layer
 
 
 def work(config: Config, prompts: np.ndarray, responses: np.ndarray) -> Work:
@@ -38,16 +40,19 @@ def work(config: Config, prompts: np.ndarray, responses: np.ndarray) -> Work:
   before = prompts - 1  # its last token is the first of each response's
 
   def seen(window):
+    """Of the prompts, and of the responses."""
     shared = _causal(before, window)
     own = _causal(before[:, None] + responses, window) - shared[:, None]
-    return int(shared.sum() + own.sum())
+    return int(shared.sum()), int(own.sum())
 
-  scored = int(responses.sum())
+  scored, everywhere = int(responses.sum()), seen(None)
+  near = seen(config.window) if any(config.local) else (0, 0)
   return Work(
     int(before.sum()) + scored,
-    seen(None),
-    seen(config.window) if any(config.local) else 0,
+    sum(everywhere),
+    sum(near),
     scored,
+    (near if config.local[-1] else everywhere)[1],
   )
 
 
@@ -75,40 +80,57 @@ class Costs:
     c, local = config, np.array(config.local)
     kernels = _kernels(c)
     nothing = np.zeros(c.layers, bool)
-    weights = sum(
-      size * np.broadcast_to(trained.get(f"params/layers/{path}", nothing),
-                             c.layers)
-      for path, size in kernels.items()
-    )  # fmt: skip
+    # [kernels, layers], multiply-adds a token: through the base, of adapters,
+    # and of the trained base's own gradients.
+    base = np.array([[size] * c.layers for size in kernels.values()], float)
+    extra = np.array(
+      [
+        [sum(n for path, n in (adapters or {}).items() if _of(name, path))]
+        * c.layers
+        for name in kernels
+      ],
+      float,
+    )
+    own = base * [
+      np.broadcast_to(trained.get(f"params/layers/{name}", nothing), c.layers)
+      for name in kernels
+    ]
     moves = np.array(nothing)
     for path, layers in trained.items():
       if "/layers/" in path:
         moves |= layers
     below = np.logical_or.accumulate(moves | ("params/embed" in trained))
-    extra = sum((adapters or {}).values())
-    head = c.vocab_size * c.width
+    # Which of a layer's work the last one does for scored tokens only.
+    earlier, last = np.arange(c.layers) < c.layers - 1, np.zeros(c.layers, bool)
+    last[-1] = True
+    cached = np.array([name.split("/")[1] in ("k", "v") for name in kernels])
+    all_tokens = earlier | cached[:, None]
+
+    def by_work(of_kernels, layers, head):
+      """FLOPs of a unit of each kind of work."""
+      products = 4 * c.heads * c.head_dim
+      return np.array([
+        2 * of_kernels[all_tokens].sum(),
+        products * (layers & earlier & ~local).sum(),
+        products * (layers & earlier & local).sum(),
+        2 * of_kernels[~all_tokens].sum() + head,
+        products * (layers & last).sum(),
+      ])  # fmt: skip
+
+    head = 2 * c.vocab_size * c.width
     unembed = "params/embed" if c.tied else "params/unembed"
     reached = below.any() or "params/norm/scale" in trained
-    products = 4 * c.heads * c.head_dim
-    base = sum(kernels.values())
-    self._forward = np.array([
-      2 * c.layers * base,
-      products * (~local).sum(),
-      products * local.sum(),
-      2 * head,
-    ], np.float64)  # fmt: skip
-    self._adapters = 2.0 * c.layers * extra
-    self._backward = np.array([
-      2 * (below * base + weights).sum() + 2 * self._adapters,
-      2 * products * (below & ~local).sum(),
-      2 * products * (below & local).sum(),
-      2 * head * (int(reached) + (unembed in trained)),
-    ], np.float64)  # fmt: skip
+    everywhere = np.ones(c.layers, bool)
+    self._forward = by_work(base, everywhere, head)
+    self._adapters = by_work(extra, np.array(nothing), 0)
+    times = int(reached) + (unembed in trained)
+    self._backward = by_work(below * base + own, nothing, head * times)
+    self._backward += 2 * self._adapters + 2 * by_work(0 * base, below, 0)
 
   def forward(self, work: Work, adapters: bool = False) -> float:
     """FLOPs of scoring; `adapters` are the policy's, on top of the base."""
-    extra = self._adapters * work.tokens if adapters else 0.0
-    return float(self._forward @ np.array(work, np.float64)) + extra
+    costs = self._forward + (self._adapters if adapters else 0)
+    return float(costs @ np.array(work, np.float64))
 
   def backward(self, work: Work) -> float:
     """FLOPs of the gradient of what is trained."""
@@ -127,6 +149,11 @@ def _kernels(c: Config) -> dict[str, int]:
   for name in ("gate", "up", "down"):
     found[f"{mlp}/{name}/kernel"] = times * c.width * c.ffn
   return found
+
+
+def _of(kernel: str, path: str) -> bool:
+  """Whether an adapter's array belongs to a kernel of `_kernels`."""
+  return f"/{kernel.rpartition('/')[0]}/" in path
 
 
 def _causal(n: np.ndarray, window: int | None) -> np.ndarray:

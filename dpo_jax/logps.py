@@ -5,6 +5,7 @@ nothing of the size of the vocabulary is kept between the two.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ def token_logps(
   *,
   tile: int = 1024,
   cap: float | None = None,
+  unit: int = 1,
 ) -> jax.Array:
   """log softmax(hidden @ head.T)[target], tile by tile.
 
@@ -27,12 +29,13 @@ def token_logps(
     tile: rows of logits alive at once; each is computed over the whole
       vocabulary in one product, so memory is `tile * V` floats.
     cap: logits become `cap * tanh(logits / cap)`; `None`: stay.
+    unit: see `tiling`.
 
   Returns:
     f32[N]. Products accumulate in float32 and the log-sum-exp is float32,
     whatever dtype comes in.
   """
-  return _by_tiles(hidden, head, targets, tile, False, cap)[0]
+  return _by_tiles(hidden, head, targets, tile, False, cap, unit)[0]
 
 
 def token_logps_and_squares(
@@ -42,19 +45,28 @@ def token_logps_and_squares(
   *,
   tile: int = 1024,
   cap: float | None = None,
+  unit: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """`token_logps`, and log sum_v p(v)^2 at the same places, from one pass.
 
   Returns:
     f32[N] each; no gradient flows through the second.
   """
-  return _by_tiles(hidden, head, targets, tile, True, cap)
+  return _by_tiles(hidden, head, targets, tile, True, cap, unit)
 
 
-def _by_tiles(hidden, head, targets, tile, squares, cap):
+def tiling(rows: int, tile: int, unit: int = 1) -> tuple[int, int]:
+  """Number and size of equal tiles of at most `tile` rows, whole units each
+  where a unit fits."""
+  unit = unit if unit <= tile else 1
+  units = -(-rows // unit)
+  tiles = -(-units // (tile // unit))
+  return tiles, -(-units // tiles) * unit
+
+
+def _by_tiles(hidden, head, targets, tile, squares, cap, unit):
   rows = hidden.shape[0]
-  tiles = -(-rows // tile)
-  tile = -(-rows // tiles)
+  tiles, tile = tiling(rows, tile, unit)
   pad = tiles * tile - rows
   hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(tiles, tile, -1)
   targets = jnp.pad(targets, (0, pad)).reshape(tiles, tile)
@@ -114,43 +126,73 @@ def _logits(hidden, head, cap):
   return capped(logits, cap)
 
 
+def score_tile(
+  hidden: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  cap: float | None,
+  squares: bool,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+  """Logits f32[N V] of a tile, their log-sum-exp f32[N], and the values of
+  `token_logps` or `token_logps_and_squares`."""
+  logits = _logits(hidden, head, cap)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+  values = (picked - lse,)
+  if squares:
+    values += (jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,)
+  return logits, lse, values
+
+
+def by_logits(
+  logits: jax.Array,
+  lse: jax.Array,
+  targets: jax.Array,
+  g: jax.Array,
+  cap: float | None,
+  dtype: Any,
+) -> jax.Array:
+  """Gradient f[N V] by the logits (before a cap) of log-probs whose own is g
+  f32[N], in the compute dtype, or the products with it would run in float32."""
+  vocabulary = jnp.arange(logits.shape[-1])
+  probs = jnp.exp(logits - lse[:, None])
+  dlogits = jnp.where(vocabulary == targets[:, None], 1.0, 0.0) - probs
+  if cap is not None:  # the derivative of tanh
+    dlogits *= 1 - (logits / cap) ** 2
+  return (g[:, None] * dlogits).astype(dtype)
+
+
+def by_hidden(dlogits: jax.Array, head: jax.Array) -> jax.Array:
+  """f[N V] and f[V D] -> f[N D]."""
+  return jnp.einsum("nv,vd->nd", dlogits, head)
+
+
+def by_head(dlogits: jax.Array, hidden: jax.Array) -> jax.Array:
+  """f[N V] and f[N D] -> f32[V D]."""
+  return jnp.einsum(
+    "nv,nd->vd", dlogits, hidden, preferred_element_type=jnp.float32
+  )
+
+
 def _forward(squares, cap, hidden, head, targets):
   def one_tile(_, xs):
-    h, y = xs
-    logits = _logits(h, head, cap)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
-    results = (picked - lse,)
-    if squares:
-      results += (jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,)
-    return None, (results, lse)
+    _, lse, values = score_tile(xs[0], head, xs[1], cap, squares)
+    return None, (values, lse)
 
-  _, (results, lse) = jax.lax.scan(one_tile, None, (hidden, targets))
-  return results, (hidden, head, targets, lse)
+  _, (values, lse) = jax.lax.scan(one_tile, None, (hidden, targets))
+  return values, (hidden, head, targets, lse)
 
 
 def _backward(_, cap, residuals, g):
   hidden, head, targets, lse = residuals
-  g = g[0]
-  vocabulary = jnp.arange(head.shape[0])
 
   def one_tile(dhead, xs):
-    h, y, z, g = xs
-    logits = _logits(h, head, cap)
-    probs = jnp.exp(logits - z[:, None])
-    dlogits = jnp.where(vocabulary == y[:, None], 1.0, 0.0) - probs
-    if cap is not None:  # the derivative of tanh
-      dlogits *= 1 - (logits / cap) ** 2
-    # In the compute dtype, or both products below would run in float32.
-    dlogits = (g[:, None] * dlogits).astype(h.dtype)
-    dh = jnp.einsum("nv,vd->nd", dlogits, head)
-    dhead += jnp.einsum(
-      "nv,nd->vd", dlogits, h, preferred_element_type=jnp.float32
-    )
-    return dhead, dh
+    h, y, lse, g = xs
+    dlogits = by_logits(_logits(h, head, cap), lse, y, g, cap, h.dtype)
+    return dhead + by_head(dlogits, h), by_hidden(dlogits, head)
 
   zero = jnp.zeros(head.shape, jnp.float32)
-  dhead, dhidden = jax.lax.scan(one_tile, zero, (hidden, targets, lse, g))
+  dhead, dhidden = jax.lax.scan(one_tile, zero, (hidden, targets, lse, g[0]))
   return dhidden, dhead.astype(head.dtype), None
 
 

@@ -1,16 +1,55 @@
 """What a model says of every response of a batch, in one pass."""
 
+import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from dpo_jax import logps
 from dpo_jax.batch import Batch, Router, Scores
+from dpo_jax.one_sweep import Given, Objective, one_sweep
+
+Place = Callable[[Any], Any]
 
 
-class Score(Protocol):
-  """(variables, batch) -> scores of each response under one model."""
+class Score:
+  """(variables, batch) -> scores of each response under one model: the one
+  function that scores policy and reference alike."""
+
+  def __init__(
+    self,
+    model: Any,
+    *,
+    tile: int = 1024,
+    place_head: Place = lambda function: function,
+    place_sweep: Place | None = lambda function: function,
+    skip_prompts: bool = True,
+  ):
+    """Wraps a model.
+
+    Args:
+      model: with `apply(variables, tokens, positions, key_start, key_end,
+        queries=i32[B S])` to hidden states f[B S D] of these tokens (f[B T D]
+        of all, without queries), and `unembed(variables)` to f[V D]. Where it
+        has them: `spread(variables)` prepares variables for the two;
+        `logit_cap` bounds logits (`logps.capped`); with a true `router` it
+        fills the collection of that name where it is mutable.
+      tile: scored tokens whose logits are alive at once.
+      place_head: wraps the head for a mesh (`sharding.Pins.head`).
+      place_sweep: likewise head and loss together; None where that cannot be.
+      skip_prompts: asks the last layer for scored tokens only.
+    """
+    self._model = model
+    self._tile = tile
+    self._cap = getattr(model, "logit_cap", None)
+    self._spread = getattr(model, "spread", lambda variables: variables)
+    self._place_head = place_head
+    self._place_sweep = place_sweep
+    # How all tokens are routed may be asked for, in the last layer too, and
+    # policy and reference are to be one computation.
+    self._skip_prompts = skip_prompts and not getattr(model, "router", False)
 
   def __call__(
     self,
@@ -21,79 +60,89 @@ class Score(Protocol):
     confidence: bool = False,
     router: bool = False,
     dropout: Any = None,
-  ) -> Scores: ...
+  ) -> Scores:
+    """Scores a batch.
 
+    Args:
+      variables: of the model.
+      batch: arrays as in `batch.Batch`.
+      tails: also what lies beyond the shorter response's length.
+      confidence: also confidences, see WPO.
+      router: also how experts were used, where there are any.
+      dropout: key for what adapters are not to see.
 
-def make_score(
-  model: Any,
-  *,
-  tile: int = 1024,
-  place_head: Callable[[Any], Any] = lambda function: function,
-) -> Score:
-  """The one function that scores policy and reference alike.
+    Returns:
+      `Scores` f32[B M K]; 0 for a response that is not there.
+    """
+    hidden, head, used = self._hidden(variables, batch, router, dropout)
+    tokens, squares = self._heads(confidence)(hidden, head, batch.target)
+    scores = summed(tokens, batch, tails=tails, squares=squares)
+    return scores._replace(router=used)
 
-  Args:
-    model: with `apply(variables, tokens, positions, key_start, key_end)` to
-      hidden states f[B T D], and `unembed(variables)` to f[V D]. Where it has
-      them: `spread(variables)` prepares variables for the two; `logit_cap`
-      bounds logits (`logps.capped`); with a true `router` it fills the
-      collection of that name where it is mutable.
-    tile: rows of logits alive at once.
-    place_head: wraps the head for a mesh (`sharding.Pins.head`).
+  def sweeps(self, batch: Batch) -> bool:
+    """Whether `objective` can be had: whole rows of logits are to fit."""
+    return self._place_sweep is not None and batch.target.shape[1] <= self._tile
 
-  Returns:
-    `score(variables, batch)`: `Scores` f32[B M K]; 0 for a response that is
-    not there. `tails`, `confidence` and `router` ask for these as well; a
-    model without experts has no `router`. `dropout` is a key for what adapters
-    are not to see.
-  """
-
-  cap = getattr(model, "logit_cap", None)
-  spread = getattr(model, "spread", lambda variables: variables)
-
-  def on_rows(head):
-    def run(hidden, unembed, target):
-      flat = hidden.reshape(-1, hidden.shape[-1])
-      found = head(flat, unembed, target.reshape(-1), tile=tile, cap=cap)
-      if isinstance(found, tuple):
-        return tuple(x.reshape(target.shape) for x in found)
-      return found.reshape(target.shape)
-
-    return place_head(run)
-
-  plain = on_rows(logps.token_logps)
-  with_squares = on_rows(logps.token_logps_and_squares)
-
-  def score(
+  def objective(
+    self,
     variables: Any,
-    batch: Batch,
+    given: Given,
+    objective: Objective,
     *,
     tails: bool = False,
     confidence: bool = False,
-    router: bool = False,
     dropout: Any = None,
-  ) -> Scores:
-    variables = spread(variables)
+  ) -> tuple[jax.Array, Any]:
+    """A sum over examples, each by itself, of a function of their scores, whose
+    gradient is taken in the head's one sweep; see `one_sweep`."""
+    hidden, head, _ = self._hidden(variables, given.batch, False, dropout)
+    sweep = one_sweep(
+      objective,
+      lambda tokens, batch, squares: summed(
+        tokens, batch, tails=tails, squares=squares
+      ),
+      tile=self._tile, cap=self._cap, confidence=confidence,
+    )  # fmt: skip
+    return self._place_sweep(sweep)(hidden, head, given)
+
+  def _hidden(self, variables, batch, router, dropout):
+    """Hidden states f[B S D] of scored tokens, head, use of experts."""
+    model, variables = self._model, self._spread(variables)
     inputs = batch.tokens, batch.positions, batch.key_start, batch.key_end
     options = {} if dropout is None else {"rngs": {"dropout": dropout}}
-    used = None
-    if router and getattr(model, "router", False):
+    used, router = None, router and getattr(model, "router", False)
+    # Prompts and padding never meet the last layer's queries and MLP, nor the
+    # vocabulary.
+    if self._skip_prompts:
+      scored = batch.slot < math.prod(batch.lengths.shape[1:])
+      queries = jnp.where(scored, batch.source, batch.tokens.shape[1])
+      hidden = model.apply(variables, *inputs, queries=queries, **options)
+      return hidden, model.unembed(variables), None
+    if router:
       options["mutable"] = ["router"]
       hidden, sown = model.apply(variables, *inputs, **options)
       used = Router(**{name: x for name, (x,) in sown["router"].items()})
     else:
       hidden = model.apply(variables, *inputs, **options)
-    # Before the unembedding: prompts and padding never meet the vocabulary.
     hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
-    unembed = model.unembed(variables)
-    if confidence:
-      tokens, squares = with_squares(hidden, unembed, batch.target)
-    else:
-      tokens, squares = plain(hidden, unembed, batch.target), None
-    scores = summed(tokens, batch, tails=tails, squares=squares)
-    return scores._replace(router=used)
+    return hidden, model.unembed(variables), used
 
-  return score
+  def _heads(self, confidence):
+    """(hidden f[B S D], head, target) -> log-probs, and squares or None."""
+    function = logps.token_logps
+    if confidence:
+      function = logps.token_logps_and_squares
+
+    def run(hidden, head, target):
+      found = function(
+        hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1),
+        # Tiles as in the one sweep, so that numbers are equal to the last bit.
+        tile=self._tile, cap=self._cap, unit=target.shape[1],
+      )  # fmt: skip
+      return jax.tree.map(lambda x: x.reshape(target.shape), found)
+
+    placed = self._place_head(run)
+    return placed if confidence else lambda *args: (placed(*args), None)
 
 
 def summed(

@@ -269,6 +269,34 @@ class Pins:
 
     return run
 
+  @property
+  def sweep(self) -> Any:
+    """Wraps `function(hidden f[B S D], head f[V D], given)` to a tree of sums
+    over rows (`one_sweep.one_sweep`) likewise: each device sums its own rows.
+    None where `tensor` splits the tokens of a row."""
+    return self._sweep if self.mesh.shape["tensor"] == 1 else None
+
+  def _sweep(self, function):
+    def local(hidden, heads, given):
+      sums = function(hidden, heads[0], given)
+      return jax.tree.map(lambda x: x[None], sums)
+
+    def run(hidden, head, given):
+      heads = head if head.ndim == 3 else self.copies(head)
+      rows = P(BATCH)
+      specs = type(given)(rows, rows, P())
+      sums = jax.shard_map(
+        local,
+        mesh=self.mesh,
+        # An axis that no spec names would have its gradients added up.
+        in_specs=(P(BATCH, "tensor"), P(AXES), specs),
+        out_specs=rows,
+        check_vma=False,
+      )(hidden, heads, given)
+      return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+    return run
+
   def experts(self, function: Any) -> Any:
     """Runs `function(x f[B T D], probs f32[B T E], kernels)` (see
     `models.moe.run_experts`) on local tokens, which a sort over all would move

@@ -12,6 +12,7 @@ from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
 from dpo_jax.batch import Batch, Scores
 from dpo_jax.models import moe
+from dpo_jax.one_sweep import Given
 from dpo_jax.score import Score
 from dpo_jax.trainable import join
 
@@ -58,7 +59,7 @@ def train_step(
       batch carries its scores, or it is part of the state.
     batch: arrays as in `batch.Batch`.
     frozen: variables of the policy that are not trained.
-    score: see `score.make_score`.
+    score: see `score.Score`.
     loss: see `losses.make`.
     tx: optimizer.
     join: (frozen, trained) -> the policy's variables, see `trainable.py`.
@@ -78,23 +79,26 @@ def train_step(
   if dropout_seed is not None:
     key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
 
+  def options(number):
+    return {} if key is None else {"dropout": jax.random.fold_in(key, number)}
+
   def policy_scores(params, part, number):
-    options = {"router": True} if router_balance else {}
-    if key is not None:
-      options["dropout"] = jax.random.fold_in(key, number)
-    variables = join(frozen or {}, params)
-    return _policy_scores(score, loss, variables, part, **options)
+    variables, router = join(frozen or {}, params), bool(router_balance)
+    return _policy_scores(
+      score, loss, variables, part, router=router, **options(number)
+    )
 
   reference_scores = functools.partial(
     _reference_scores, score, loss, reference
   )
-  inputs = functools.partial(
-    loss_inputs, state=state.loss_state, gold=loss.responses > 2
-  )
   counts = _counts(loss, batch)
 
-  def objective(policy, reference, part):
-    out = loss(**inputs(policy, reference, part))
+  def objective(policy, reference, part, counts=counts):
+    inputs = loss_inputs(
+      policy, reference, part,
+      state=state.loss_state, gold=loss.responses > 2,
+    )  # fmt: skip
+    out = loss(**inputs)
     sums = losses.reduce(out, part.weights)
     total = (sums["loss"].total / counts).sum()
     if router_balance:
@@ -103,9 +107,18 @@ def train_step(
       sums["aux_loss"] = losses.Sums(unbalance, jnp.float32(1))
     return total, (sums, out.state)
 
+  def in_one_sweep(params, part, number):
+    given = Given(part, reference_scores(part), counts)
+    return score.objective(
+      join(frozen or {}, params), given, objective,
+      **_read_by(loss), **options(number),
+    )  # fmt: skip
+
+  coupled = loss.batch_coupled or router_balance > 0
   grads, (sums, loss_state) = accumulate(
     policy_scores, reference_scores, objective, state.params, batch,
-    microbatches, coupled=loss.batch_coupled or router_balance > 0,
+    microbatches, coupled=coupled,
+    whole=None if coupled or not score.sweeps(batch) else in_one_sweep,
   )  # fmt: skip
   # Parts add up in float32; the optimizer's state has the dtype of the weights.
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
@@ -140,11 +153,13 @@ def train_step(
   return state, sums
 
 
+def _read_by(loss):
+  """What a loss has scored beside log-probs."""
+  return {"tails": loss.reads_tails, "confidence": loss.reads_confidence}
+
+
 def _policy_scores(score, loss, variables, batch, **options):
-  return score(
-    variables, batch,
-    tails=loss.reads_tails, confidence=loss.reads_confidence, **options,
-  )  # fmt: skip
+  return score(variables, batch, **_read_by(loss), **options)
 
 
 def _reference_scores(score, loss, reference, batch):

@@ -12,7 +12,7 @@ from dpo_jax import losses, optim
 from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.models import gemma2, llama, lora, mixtral
 from dpo_jax.models.lora import Lora
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable
 
@@ -64,7 +64,7 @@ def one_step(family, kind, rank=0):
   module, options = FAMILIES[family]
   dtype, param_dtype = KINDS[kind]
   compute = module.Compute(dtype=dtype, param_dtype=param_dtype)
-  score = make_score(module.Model(module.Config(**SIZES | options), compute))
+  score = Score(module.Model(module.Config(**SIZES | options), compute))
   base = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), weights(family))
   variables = dict(base)
   if rank:

@@ -13,6 +13,7 @@ FLOORS = (
     "data",
     "models",
     "trainable",
+    "one_sweep",
     "optim",
     "sharding",
     "checkpoint",

@@ -17,7 +17,7 @@ from dpo_jax.data.corpus import write_corpus
 from dpo_jax.data.plan import Plan
 from dpo_jax.models import llama, lora, qwen3_moe
 from dpo_jax.run import Run
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable
 
@@ -51,13 +51,13 @@ def costs(config, variables, **settings):
 
 
 def counted(batch, window):
-  """Keys that tokens of a packed batch see, one by one."""
+  """Keys that tokens of a packed batch see, one by one, f[B T]."""
   index = np.arange(batch.tokens.shape[1])
   inside = (batch.key_start[..., None] <= index) & (
     index < batch.key_end[..., None]
   )
   back = batch.positions[..., None] - batch.positions[:, None]
-  return int((inside & (back < window)).sum())
+  return (inside & (back < window)).sum(axis=-1)
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 1000])
@@ -70,8 +70,11 @@ def test_keys_seen_are_those_that_the_masks_of_packed_rows_show(kind, window):
   for step in range(3):
     batch, _ = plan[step]
     work = flops.work(config, *plan.lengths(step))
-    assert work.seen == counted(batch, np.inf)
-    assert work.seen_near == counted(batch, window)
+    assert work.seen == counted(batch, np.inf).sum()
+    assert work.seen_near == counted(batch, window).sum()
+    there = batch.slot < batch.lengths[0].size
+    scored = np.take_along_axis(counted(batch, np.inf), batch.source, axis=1)
+    assert work.asked == scored[there].sum()
     assert work.tokens == plan.tokens(step) == (batch.key_end > 0).sum()
     assert work.scored == batch.lengths.sum()
 
@@ -98,13 +101,31 @@ def test_a_dense_step_is_six_flops_a_weight_and_token():
   )
   head = config.vocab_size * config.width
   # No key is seen: what is left are products with weights.
-  work = flops.Work(tokens=100, seen=0, seen_near=0, scored=10)
-  assert c.forward(work) == 2 * layers * 100 + 2 * head * 10
+  work = flops.Work(tokens=100, seen=0, seen_near=0, scored=100, asked=0)
+  assert c.forward(work) == 2 * layers * 100 + 2 * head * 100
   assert c.backward(work) == 2 * c.forward(work)
   # Scores and their use, forward and twice backward, in each layer.
-  attention = flops.Work(0, 7, 0, 0)
+  attention = flops.Work(0, 7, 0, 0, 7)
   each = 4 * config.heads * config.head_dim * 7 * config.layers
   assert (c.forward(attention), c.backward(attention)) == (each, 2 * each)
+
+
+def test_the_last_layer_makes_keys_and_values_of_a_prompt_and_no_more():
+  config = dataclasses.replace(SHAPE, layers=3)
+  c = costs(config, shapes(config))
+  q, kv, mlp = 128 * 4 * 32, 128 * 2 * 32, 3 * 128 * 384
+  prompt = flops.Work(tokens=1, seen=0, seen_near=0, scored=0, asked=0)
+  layer = 2 * (2 * q + 2 * kv + mlp)
+  assert c.forward(prompt) == 2 * layer + 2 * 2 * kv
+  assert c.backward(prompt) == 2 * c.forward(prompt)
+  scored = flops.Work(tokens=1, seen=0, seen_near=0, scored=1, asked=0)
+  assert c.forward(scored) == 3 * layer + 2 * 1024 * 128
+  rank = 4
+  c = costs(config, shapes(config, lora.Lora(rank)))
+  pair = 2 * rank * (128 + 2 * 32)  # of k or v
+  own = 2 * rank * (2 * (128 + 4 * 32) + 3 * (128 + 384)) + 2 * pair
+  extra = c.forward(prompt, adapters=True) - c.forward(prompt)
+  assert extra == 2 * own + 2 * pair
 
 
 def test_layers_with_a_window_count_what_that_shows():
@@ -113,8 +134,8 @@ def test_layers_with_a_window_count_what_that_shows():
   )
   c = costs(config, shapes(config))
   each = 4 * config.heads * config.head_dim
-  assert c.forward(flops.Work(0, 100, 10, 0)) == each * (100 + 2 * 10)
-  assert c.backward(flops.Work(0, 100, 10, 0)) == 2 * each * (100 + 2 * 10)
+  assert c.forward(flops.Work(0, 100, 10, 0, 100)) == each * (100 + 2 * 10)
+  assert c.backward(flops.Work(0, 100, 10, 0, 100)) == 2 * each * (100 + 2 * 10)
 
 
 def test_of_experts_only_those_that_a_token_chose_count():
@@ -132,17 +153,18 @@ def test_of_experts_only_those_that_a_token_chose_count():
     if path.endswith("kernel")
   )
   c = costs(config, variables)
-  work = flops.Work(tokens=10, seen=0, seen_near=0, scored=0)
-  assert c.forward(work) == 2 * active * 10
-  assert c.backward(work) == 4 * active * 10
+  work = flops.Work(tokens=10, seen=0, seen_near=0, scored=10, asked=0)
+  head = 64 * 16
+  assert c.forward(work) == 2 * (active + head) * 10
+  assert c.backward(work) == 4 * (active + head) * 10
 
 
 def test_what_is_frozen_needs_no_gradient_of_its_own():
   config = dataclasses.replace(SHAPE, layers=4)
-  work = flops.Work(tokens=100, seen=1000, seen_near=0, scored=10)
+  work = flops.Work(tokens=100, seen=1000, seen_near=0, scored=100, asked=1000)
   variables = shapes(config)
   whole = costs(config, variables)
-  forward, head = whole.forward(work), 2 * 1024 * 128 * 10
+  forward, head = whole.forward(work), 2 * 1024 * 128 * 100
   layers = forward - head
   # Below the lowest trained layer nothing runs backward.
   upper = costs(config, variables, freeze="embed|layers/[01]/")
@@ -163,7 +185,7 @@ def test_what_is_frozen_needs_no_gradient_of_its_own():
 def test_adapters_need_their_own_gradients_and_those_through_the_base(targets):
   config = dataclasses.replace(SHAPE, layers=2)
   c = costs(config, shapes(config, lora.Lora(4, targets=targets)))
-  work = flops.Work(tokens=100, seen=0, seen_near=0, scored=10)
+  work = flops.Work(tokens=100, seen=0, seen_near=0, scored=100, asked=0)
   d, q, kv, f = 128, 4 * 32, 2 * 32, 384
   sums = {"q": d + q, "k": d + kv, "v": d + kv, "o": q + d,
           "gate": d + f, "up": d + f, "down": f + d}  # fmt: skip
@@ -183,7 +205,7 @@ def compiled_flops(config, batch, adapters, freeze):
   state = TrainState(zero, trained, jax.eval_shape(tx.init, trained), zero)
   step = functools.partial(
     train_step,
-    score=make_score(model, tile=2**20),  # one: loops are counted once
+    score=Score(model, tile=2**20),  # one: loops are counted once
     loss=losses.make("dpo"),
     tx=tx,
     join=trainable.join,
@@ -195,7 +217,7 @@ def compiled_flops(config, batch, adapters, freeze):
 
 @pytest.mark.parametrize(
   ("adapters", "freeze", "above"),
-  [(None, "", 1.03), (None, "embed", 1.03), (lora.Lora(8), "", 1.05)],
+  [(None, "", 1.05), (None, "embed", 1.05), (lora.Lora(8), "", 1.05)],
   ids=["all", "embeddings frozen", "adapters"],
 )
 def test_the_compiler_counts_the_same_for_a_dense_step(adapters, freeze, above):
@@ -204,12 +226,14 @@ def test_the_compiler_counts_the_same_for_a_dense_step(adapters, freeze, above):
   batch, _ = plan[0]
   rows, length = batch.tokens.shape
   work = flops.work(SHAPE, *plan.lengths(0))
-  work = flops.Work(rows * length, rows * length**2, 0, batch.source.size)
+  scored = batch.source.size
+  work = flops.Work(rows * length, rows * length**2, 0, scored, scored * length)
   c = costs(SHAPE, shapes(SHAPE, adapters), freeze=freeze)
   ours = c.forward(work) + c.forward(work, adapters=True) + c.backward(work)
   theirs = compiled_flops(SHAPE, batch, adapters, freeze)
   if adapters:  # below those of the lowest q, k and v nothing is trained
-    ours -= 2 * work.tokens * SHAPE.width * SHAPE.head_dim * (4 + 2 * 2)
+    q, kv = (SHAPE.width * SHAPE.head_dim * heads for heads in (4, 2))
+    ours -= 2 * (scored * q + 2 * work.tokens * kv)
   # Softmax, norms and activations come on top.
   assert 1 <= theirs / ours < above
 

@@ -17,7 +17,7 @@ from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import llama, lora, peft
 from dpo_jax.models.layers import Projection
 from dpo_jax.models.lora import Lora
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
 
@@ -25,7 +25,7 @@ CONFIG = llama.Config(
   vocab_size=24, width=8, ffn=12, layers=3, heads=4, kv_heads=2, head_dim=6
 )
 MODEL = llama.Model(CONFIG)
-SCORE = make_score(MODEL, tile=16)
+SCORE = Score(MODEL, tile=16)
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -660,7 +660,7 @@ def compiled_step(model, loss, microbatches, rate):
   return quick_jit(
     functools.partial(
       train_step,
-      score=score.make_score(model, tile=7),
+      score=score.Score(model, tile=7),
       loss=loss,
       tx=optax.sgd(rate),
       microbatches=microbatches,

@@ -131,7 +131,7 @@ def separately(params, model, rows):
 
 def in_rows(params, model, batch, order):
   """Log-probs [N K], in the order of the examples, from a packed batch."""
-  scores = score.make_score(model, tile=8)(params, batch).logps
+  scores = score.Score(model, tile=8)(params, batch).logps
   return scores.reshape(-1, scores.shape[-1])[np.array(order)]
 
 
@@ -354,7 +354,7 @@ def test_an_unknown_attention_is_refused():
 def scored_alone():
   model = make_model()
   batch = packed()
-  run = jax.jit(lambda p, b: score.make_score(model, tile=8)(p, b).logps)
+  run = jax.jit(lambda p, b: score.Score(model, tile=8)(p, b).logps)
   return run, make_params(), batch
 
 
@@ -454,7 +454,7 @@ def test_a_policy_that_is_its_reference_loses_log_2_to_the_last_bit(
   run = jax.jit(
     functools.partial(
       train_step,
-      score=score.make_score(make_model(attention=how, remat=remat), tile=64),
+      score=score.Score(make_model(attention=how, remat=remat), tile=64),
       loss=Distances(losses.make("dpo").terms),
       tx=optax.sgd(0.0),
       microbatches=microbatches,
@@ -477,7 +477,7 @@ def test_evaluation_at_the_reference_is_log_2_to_the_last_bit():
   run = jax.jit(
     functools.partial(
       evaluate_step,
-      score=score.make_score(make_model(), tile=64),
+      score=score.Score(make_model(), tile=64),
       loss=Distances(losses.make("dpo").terms),
     )
   )

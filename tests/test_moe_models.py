@@ -94,7 +94,7 @@ def test_mirrored_rows_equal_separate_sequences(monkeypatch):
 
 def test_what_lies_in_the_padding_changes_nothing():
   params, batch = make_params(), rows.packed()
-  run = jax.jit(functools.partial(score.make_score(make_model()), router=True))
+  run = jax.jit(functools.partial(score.Score(make_model()), router=True))
   unseen = batch.key_end == 0
   assert unseen.any()
   other = batch._replace(tokens=jnp.where(unseen, 3, batch.tokens))
@@ -112,14 +112,14 @@ def test_what_lies_in_the_padding_changes_nothing():
 
 def test_scores_are_the_same_with_and_without_the_router():
   params, batch = make_params(), rows.packed()
-  run = score.make_score(make_model(remat="block"))
+  run = score.Score(make_model(remat="block"))
   plain = jax.jit(run)(params, batch)
   full = jax.jit(functools.partial(run, router=True))(params, batch)
   assert plain.router is None
   np.testing.assert_array_equal(plain.logps, full.logps)
   dense = dataclasses.replace(CONFIG, experts=None)
   shapes = jax.eval_shape(
-    functools.partial(score.make_score(make_model(dense)), router=True),
+    functools.partial(score.Score(make_model(dense)), router=True),
     make_params(dense),
     batch,
   )
@@ -128,7 +128,7 @@ def test_scores_are_the_same_with_and_without_the_router():
 
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_a_policy_that_is_its_reference_scores_the_same_to_the_last_bit(remat):
-  run = score.make_score(make_model(remat=remat), tile=64)
+  run = score.Score(make_model(remat=remat), tile=64)
 
   def both(params, batch):
     def loss(params):
@@ -157,7 +157,7 @@ def test_router_sums_go_through_microbatches(coupled):
   """A loss that is linear in them has the same gradient in parts."""
   params, batch = make_params(), rows.packed()
   batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), batch)
-  run = score.make_score(make_model())
+  run = score.Score(make_model())
 
   def objective(policy, reference, part):
     e = jnp.arange(1.0, 6)
@@ -204,7 +204,7 @@ def scores_and_gradients(ffn, mesh=None):
   batch = jax.tree.map(lambda x: jnp.concatenate([x, x, x[:2]]), batch)
   shift = jnp.arange(8)[:, None] * (batch.key_end > 0)
   batch = batch._replace(tokens=(batch.tokens + shift) % rows.VOCABULARY)
-  run = score.make_score(make_model(config), tile=16)
+  run = score.Score(make_model(config), tile=16)
   if mesh is not None:
     pins = sharding.Pins(mesh)
     params = jax.device_put(params, sharding.shard_tree(params, mesh))
@@ -214,7 +214,7 @@ def scores_and_gradients(ffn, mesh=None):
       place_experts=pins.experts,
       remat="block" if mesh.shape["tensor"] == 2 else "none",
     )  # fmt: skip
-    run = score.make_score(model, tile=16, place_head=pins.head)
+    run = score.Score(model, tile=16, place_head=pins.head)
 
   def loss(params):
     scores = run(params, batch, router=True)

@@ -15,7 +15,7 @@ from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.errors import ConfigError
 from dpo_jax.models import hf, mixtral, moe
 from dpo_jax.run import Run
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train import train
 from dpo_jax.train_step import TrainState, train_step
 
@@ -27,7 +27,7 @@ MODEL = mixtral.Model(
     experts=4, experts_per_token=2,
   )
 )  # fmt: skip
-SCORE = make_score(MODEL, tile=16)
+SCORE = Score(MODEL, tile=16)
 
 
 @functools.cache

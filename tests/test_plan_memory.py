@@ -23,7 +23,7 @@ KINDS = {
   "lora": {"lora.rank": 4},
   "precomputed": {"reference.precompute": True},
 }
-MODEL = {"num_hidden_layers": 2, "vocab_size": 1024}
+MODEL = {"num_hidden_layers": 4, "vocab_size": 1024}
 
 
 def measured(folder):

@@ -13,7 +13,7 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.decode import bucket
 from dpo_jax.models import hf, llama
 from dpo_jax.sample import make_sampler
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 
 STORIES = SHARED / "data" / "stories260k"
 STOP = 0
@@ -205,7 +205,7 @@ def test_log_probs_while_sampling_are_those_of_scoring(stories):
   responses = [row[:n] for row, n in zip(out.tokens, out.lengths, strict=True)]
   plan = Plan(as_examples(prompts, responses), batch_size=3, shuffle=False)
   batch, ids = plan[0]
-  scored = np.asarray(jax.jit(make_score(model))(variables, batch).logps)
+  scored = np.asarray(jax.jit(Score(model))(variables, batch).logps)
   there = ids >= 0
   np.testing.assert_allclose(
     scored[there][np.argsort(ids[there]), 0], out.logps.sum(axis=1), atol=1e-4

@@ -59,14 +59,21 @@ class Toy:
   """The least that reads all of a batch: each token sees the mean of its keys.
   Compiles in a fraction of a Llama's time."""
 
-  def apply(self, variables, tokens, positions, key_start, key_end):
+  def apply(
+    self, variables, tokens, positions, key_start, key_end, queries=None
+  ):
     params = variables["params"]
     x = params["embed"][tokens]
     x += jnp.sin(positions[..., None] * params["pace"])
     keys = jnp.arange(tokens.shape[1])
     seen = (keys >= key_start[..., None]) & (keys < key_end[..., None])
     seen = seen / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1)
-    return jnp.tanh(jnp.einsum("btu,bud->btd", seen, x) @ params["mix"] + x)
+    x = jnp.tanh(jnp.einsum("btu,bud->btd", seen, x) @ params["mix"] + x)
+    if queries is None:
+      return x
+    return jnp.take_along_axis(
+      x, queries[..., None], axis=1, mode="fill", fill_value=0
+    )
 
   def unembed(self, variables):
     return variables["params"]["unembed"]
@@ -123,7 +130,7 @@ def make_state(tx, seed=0, shapes=TOY_SHAPES, loss=None):
 TX = optax.chain(optax.clip_by_global_norm(5.0), optax.adamw(0.02, eps=1e-3))
 
 
-SCORE = score.make_score(Toy(), tile=16)
+SCORE = score.Score(Toy(), tile=64)
 
 
 def make_step(loss, *, microbatches=1, tx=TX, score=SCORE):
@@ -371,9 +378,12 @@ def test_a_loss_without_reference_never_scores_one():
   loss = losses.make("orpo")
   scored = []
 
-  def spy(variables, batch, **options):
-    scored.append(variables)
-    return SCORE(variables, batch, **options)
+  class Spy(score.Score):
+    def _hidden(self, variables, *rest):
+      scored.append(variables)
+      return super()._hidden(variables, *rest)
+
+  spy = Spy(Toy(), tile=64)
 
   batch, state = make_batch(), make_state(TX)
   poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), make_params(1))
@@ -521,18 +531,16 @@ def three_steps(name, mesh=None):
   # Plain descent: Adam would blow rounding up where gradients are near 0.
   tx = optax.sgd(0.3)
   state, reference = make_state(tx, 1, SHAPES), make_params(0, SHAPES)
-  compute, place_head = llama.Compute(), lambda f: f
+  compute, places = llama.Compute(), {}
   batches = [make_batch(loss.kind, seed=s) for s in (0, 1)]
   if mesh is not None:
     state = jax.device_put(state, sharding.shard_tree(state, mesh))
     reference = jax.device_put(reference, sharding.shard_tree(reference, mesh))
     batches = [sharding.put_batch(b, mesh) for b in batches]
     pins = sharding.Pins(mesh)
-    place_head = pins.head
+    places = {"place_head": pins.head, "place_sweep": pins.sweep}
     compute = llama.Compute(**pins.for_model())
-  run = score.make_score(
-    llama.Model(CONFIG, compute), tile=16, place_head=place_head
-  )
+  run = score.Score(llama.Model(CONFIG, compute), tile=64, **places)
   step = quick_jit(make_step(loss, tx=tx, score=run))
   if mesh is not None and all(size > 1 for size in mesh.shape.values()):
     program = step.lower(state, reference, batches[0]).compile().as_text()

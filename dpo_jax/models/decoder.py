@@ -26,6 +26,7 @@ from dpo_jax.models.layers import (
 from dpo_jax.models.moe import ROUTER, RoutedMLP
 from dpo_jax.models.rope import rope_frequencies
 from dpo_jax.models.shape import Compute, Config
+from dpo_jax.models.stack import open_stack, take_layer
 
 Cache = tuple[jax.Array, jax.Array]
 _EVERYTHING = -(2**30)  # the oldest position that a global layer sees
@@ -39,11 +40,21 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, positions, freqs, key_start, key_end, window, cache, cache_index
-  ):
+    self, x, positions, freqs, key_start, key_end, window, cache, cache_index,
+    queries=None,
+  ):  # fmt: skip
+    """`queries` i32[B S]: what comes out is f[B S D], of these tokens alone;
+    the others are keys and values."""
     c, dtype = self.config, self.compute.param_dtype
     norm = functools.partial(RMSNorm, c.norm_epsilon, dtype, c.norm_plus_one)
-    y = norm(name="attention_norm")(x)
+    attention_norm = norm(name="attention_norm")
+    y, asking = attention_norm(x), None
+    if queries is not None:
+      take = functools.partial(_take_tokens, queries=queries)
+      x, key_start, key_end = take(x), take(key_start), take(key_end)
+      asking = attention_norm(x), take(positions)
+      if window is not None:
+        window = window._replace(oldest=take(window.oldest))
     attention = SelfAttention(
       c.width, c.heads, c.kv_heads, c.head_dim,
       use_bias=c.attention_bias or c.qkv_bias,
@@ -56,8 +67,9 @@ class Block(nn.Module):
       name="attention",
     )  # fmt: skip
     y, cache = attention(
-      y, positions, freqs, key_start, key_end, window, cache, cache_index
-    )
+      y, positions, freqs, key_start, key_end, window, cache, cache_index,
+      asking,
+    )  # fmt: skip
     x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
     y = norm(name="mlp_norm")(x)
     if c.experts is None:
@@ -90,6 +102,7 @@ class Decoder(nn.Module):
     key_end: jax.Array,
     cache: Cache | None = None,
     cache_index: jax.Array | int = 0,
+    queries: jax.Array | None = None,
   ) -> jax.Array | tuple[jax.Array, Cache]:
     """Runs the decoder.
 
@@ -102,9 +115,13 @@ class Decoder(nn.Module):
       key_end: i32[B T], one past the last.
       cache: f[L B U K h] keys and values of earlier tokens; None to train.
       cache_index: where in the cache these tokens go.
+      queries: i32[B S], row indices of the tokens whose hidden states are
+        asked for, beyond the row for none; the last layer computes only keys
+        and values of the others. None asks for all. Not with a cache.
 
     Returns:
-      f[B T D], normalised; with a cache also the cache, these tokens added.
+      f[B T D], or f[B S D] of the queries, normalised; with a cache also the
+      cache, these tokens added.
       With experts and a mutable collection "router", what `moe.RoutedMLP`
       sows there, summed over the layers.
     """
@@ -149,26 +166,26 @@ class Decoder(nn.Module):
       pinned = compute.pin_weights(weights, compute.dtype)
       return compute.unpack_weights(pinned)
 
-    def one_layer(x, layer):
-      weights, adapters, key, local, cache = layer
+    def one_layer(x, layer, queries=None):
+      (weights, adapters), key, local, cache = layer
       freqs, seen = _of_layer(c, local, window)
       out = block.apply(
         {"params": here(weights), "lora": adapters},
         x, positions, freqs, key_start, key_end, seen, cache, cache_index,
-        mutable=[ROUTER] if sows else False,
+        queries, mutable=[ROUTER] if sows else False,
         rngs=None if key is None else {"dropout": key},
       )  # fmt: skip
       (x, cache), sown = out if sows else (out, None)
       return pin(x), (cache, sown)
 
-    if compute.remat == "block":
-      one_layer = jax.checkpoint(one_layer)
-    elif compute.pin_again:
-      kept = _all_but_weights({w.shape[1:] for w in jax.tree.leaves(layers)})
-      one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
-    x, (new_cache, sown) = jax.lax.scan(
-      one_layer, x, (layers, adapters, keys, jnp.asarray(c.local), cache)
-    )
+    stack, local = (layers, adapters), jnp.asarray(c.local)
+    remat = _remat(compute, stack, queries is not None)
+    if queries is None:
+      x, (new_cache, sown) = jax.lax.scan(
+        remat(one_layer), x, (stack, keys, local, cache)
+      )
+    else:
+      x, sown = _ask_last(remat, one_layer, x, stack, keys, local, queries)
     if sows:
       for name, (each,) in sown[ROUTER]["mlp"].items():
         self.sow(ROUTER, name, each.sum(axis=0))
@@ -222,10 +239,53 @@ class Decoder(nn.Module):
     return (jnp.zeros(shape, self.compute.dtype),) * 2
 
 
-def _all_but_weights(shapes: set[tuple[int, ...]]) -> Any:
+def _take_tokens(x: jax.Array, queries: jax.Array) -> jax.Array:
+  """[B T ...] at i32[B S] -> [B S ...]; 0 beyond the row."""
+  index = queries.reshape(*queries.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+def _ask_last(remat, one_layer, x, stack, keys, local, queries):
+  """All layers but the last, and that at the queries only."""
+  stack, sinks = open_stack(stack)
+  last = len(local) - 1
+
+  def run(carry, layer, queries=None):
+    (x, sinks), (index, *rest) = carry, layer
+    weights, sinks = take_layer(stack, sinks, index)
+    x, (_, sown) = one_layer(x, (weights, *rest, None), queries)
+    return (x, sinks), sown
+
+  each = jnp.arange(last + 1), keys, local
+  first, final = (
+    jax.tree.map(lambda y, at=at: y[at], each) for at in (slice(last), last)
+  )
+  carry, sown = jax.lax.scan(remat(run), (x, sinks), first)
+  # Outside of a scan the compiler would merge what is computed again.
+  run_last = functools.partial(run, queries=queries)
+  (x, _), more = remat(run_last, prevent_cse=True)(carry, final)
+  return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), sown, more)
+
+
+def _remat(compute: Compute, stack: Any, slices: bool) -> Any:
+  """What a layer is wrapped in. `slices`: it takes its weights out of the
+  stack itself."""
+  policy = None
+  if compute.remat != "block":
+    if not (compute.pin_again or slices):
+      return lambda function: function
+    policy = _all_but_weights(stack)
+  return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+
+
+def _all_but_weights(stack: Any) -> Any:
   """A policy of `jax.checkpoint`: keeps for the backward all that it would keep
-  without one, but not what is made of weights of these shapes alone."""
-  copying = ("convert_element_type", "reshape", "sharding_constraint")
+  without one, but not what is made of these weights alone."""
+  copying = ("convert_element_type", "reshape", "sharding_constraint",
+             "custom_vjp_call", "dynamic_slice", "squeeze")  # fmt: skip
+  shapes = set()
+  for w in jax.tree.leaves(stack):
+    shapes |= {w.shape, (1, *w.shape[1:]), w.shape[1:]}
 
   def kept(primitive, *inputs, **_):
     return not (primitive.name in copying and inputs[0].shape in shapes)

@@ -136,6 +136,7 @@ class SelfAttention(nn.Module):
     window: Window | None = None,
     cache: tuple[jax.Array, jax.Array] | None = None,
     cache_index: jax.Array | int = 0,
+    asking: tuple[jax.Array, jax.Array] | None = None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Attends over the row itself, or over a cache that the row is added to.
 
@@ -148,22 +149,27 @@ class SelfAttention(nn.Module):
       window: sees less of that range, by position; None: all of it.
       cache: keys and values f[B U K h] so far, or None.
       cache_index: where in the cache this row's T tokens belong.
+      asking: tokens f[B S D] and positions i32[B S] to attend from, instead of
+        all; ranges and `window.oldest` are then theirs, [B S].
 
     Returns:
-      f[B T D] and the cache with this row in it.
+      f[B T D] (or f[B S D]) and the cache with this row in it.
     """
 
-    def project(name, heads):
+    def project(x, name, heads):
       return Projection(
         (self.width,), (heads, self.head_dim), self.use_bias,
         self.param_dtype, name=name,
       )(x)  # fmt: skip
 
-    q, k = project("q", self.heads), project("k", self.kv_heads)
-    v = project("v", self.kv_heads)
+    from_x, from_positions = (x, positions) if asking is None else asking
+    q = project(from_x, "q", self.heads)
+    k = project(x, "k", self.kv_heads)
+    v = project(x, "v", self.kv_heads)
     if self.make_norm is not None:
       q, k = self.make_norm(name="q_norm")(q), self.make_norm(name="k_norm")(k)
-    q, k = (apply_rope(x, positions, freqs) for x in (q, k))
+    q = apply_rope(q, from_positions, freqs)
+    k = apply_rope(k, positions, freqs)
     if cache is not None:
       at = (0, cache_index, 0, 0)
       k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)

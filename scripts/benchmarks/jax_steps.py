@@ -19,22 +19,34 @@ from dpo_jax.data.pack import token_cost
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
 from dpo_jax.models import llama
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
 
 Pause = Callable[[dict[str, Any]], None]
 
 
-def ours(problem: Problem, path: str, pause: Pause) -> None:
-  """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs."""
-  model = llama.Model(problem.model_config())
+def ours(
+  problem: Problem,
+  path: str,
+  pause: Pause,
+  attention: str = "blockwise",
+  precomputed: bool = False,
+  **options: Any,
+) -> None:
+  """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs; `options`
+  are those of `Score`."""
+  compute = llama.Compute(attention=attention)
+  score = Score(llama.Model(problem.model_config(), compute), **options)
   step = functools.partial(
     train_step,
-    score=make_score(model),
+    score=score,
     loss=losses.make("dpo", beta=problem.beta),
     tx=_optimizer(problem),
   )
   batch = jax.tree.map(jnp.asarray, _plan(problem)[0].batch)
+  if precomputed:
+    _, reference = state_and_reference(problem, path, _optimizer(problem))
+    batch = batch._replace(reference=jax.jit(score)(reference, batch))
   _run(problem, path, pause, step, batch)
 
 

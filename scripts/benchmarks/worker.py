@@ -20,6 +20,15 @@ from benchmarks.problem import Problem
 # Name -> module, function, options.
 VARIANTS = {
   "ours": ("jax_steps", "ours", {}),
+  "ours_precomputed": ("jax_steps", "ours", {"precomputed": True}),
+  "no_skip": ("jax_steps", "ours", {"skip_prompts": False}),
+  "no_sweep": ("jax_steps", "ours", {"place_sweep": None}),
+  "no_skip_no_sweep": (
+    "jax_steps",
+    "ours",
+    {"skip_prompts": False, "place_sweep": None},
+  ),
+  "no_blocks": ("jax_steps", "ours", {"attention": "dense"}),
   "concat": ("jax_steps", "concat", {}),
   "concat_blockwise": ("jax_steps", "concat", {"attention": "blockwise"}),
   "trl": ("trl_step", "trl", {}),

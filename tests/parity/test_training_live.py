@@ -20,7 +20,7 @@ from dpo_jax.data.pack import (
 )
 from dpo_jax.models import hf
 from dpo_jax.models import peft as our_peft
-from dpo_jax.score import make_score
+from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
 
@@ -180,7 +180,7 @@ def _train_ours(model, variables, reference, examples, loss, **options):
     state, reference = state._replace(reference=reference), None
   step = jax.jit(
     functools.partial(
-      train_step, score=make_score(model), tx=tx, loss=loss, **options
+      train_step, score=Score(model), tx=tx, loss=loss, **options
     ),
     # Three steps: optimising them takes longer than running them.
     compiler_options={"xla_backend_optimization_level": 0},
