@@ -18,6 +18,13 @@ class _Stream:
     self._stream = stream
     self._goes_on = goes_on
 
+  def __eq__(self, other: object) -> bool:
+    """absl writes to its own stream and to `sys.stderr`, where they differ."""
+    return other is self or other is self._stream
+
+  def __hash__(self) -> int:
+    return hash(self._stream)
+
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 

@@ -106,3 +106,15 @@ with guard(goes_on=True):
   raise Stopped("stopped at step 3")
 """
   assert status_of(code, tmp_path, unread=[]) == 75
+
+
+def test_a_library_that_logs_is_heard_once(tmp_path):
+  code = """
+from absl import app, logging
+def main(argv):
+  logging.error("saving failed")
+with guard(goes_on=True):
+  app.run(main)
+"""
+  assert status_of(code, tmp_path, unread=[]) == 0
+  assert (tmp_path / "stderr").read_text().count("saving failed") == 1
