@@ -115,6 +115,8 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_model_with_experts_trains_and_is_exported(corpus, tmp_path, rank):
   changes = {"train.router_balance": 10.0, "lora.rank": rank}
+  # In fewer steps adapters move ten held-out pairs less than chance does.
+  changes |= {"train.steps": 18, "train.eval_every": 0}
   config = small_config(corpus, **FROM_SCRATCH, **changes)
   summary = train(config, tmp_path / "run")
   assert summary["final_eval"]["loss"] < summary["initial_eval"]["loss"]
