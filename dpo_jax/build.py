@@ -26,7 +26,7 @@ from dpo_jax.data.store import (
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import ConfigError
 from dpo_jax.losses import Loss
-from dpo_jax.models import hf, peft, quantize
+from dpo_jax.models import attention, hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.progress import row_bar
@@ -83,6 +83,8 @@ def build(config: Config) -> Built:
       tied=c.tied,
       **_experts(config, family),
     )
+    how = _attention(compute, shape.head_dim, mesh.devices.flat[0])
+    compute = dataclasses.replace(compute, attention=how)
   except ValueError as e:
     raise ConfigError(f"config.model: {e}") from e
   if tokenizer.vocab_size > shape.vocab_size:
@@ -110,6 +112,23 @@ def build(config: Config) -> Built:
     model, tile=c.head_tile, place_head=pins.head, place_sweep=pins.sweep
   )
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def _attention(compute, head_dim, device) -> str:
+  """The implementation that the mesh's devices are to run."""
+  how = compute.attention
+  if how == "auto":
+    return attention.choose(compute.dtype, head_dim, device)
+  kernel = attention.KERNELS.get(how)
+  if kernel and (reason := kernel.why_not(compute.dtype, head_dim)):
+    raise ValueError(reason)
+  if not attention.is_native(how, device):
+    _LOG.warning(
+      "model.attention=%r is not made for %s: interpreted, and slow",
+      how,
+      device.device_kind,
+    )
+  return how
 
 
 def _experts(config, family) -> dict[str, int]:

@@ -30,7 +30,7 @@ class Model:
   dtype: str = "float32"  # of activations: float32 or bfloat16
   param_dtype: str = "float32"  # of weights and optimizer; adapters: float32
   remat: str = "none"  # "block" recomputes each layer in the backward
-  attention: str = "blockwise"  # or "dense"
+  attention: str = "auto"  # blockwise, dense, triton (GPU) or mosaic (TPU)
   quantize: str = ""  # the base below adapters: "int8", "int4" or "nf4"
   head_tile: int = 1024  # rows of logits alive at once
 

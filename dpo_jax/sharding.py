@@ -203,6 +203,7 @@ class Pins:
       "copy_weights": self.copies if many else None,
       "place_lookup": self.lookup,
       "place_experts": self.experts,
+      "place_attention": self.attention,
     }
 
   def activations(self, x: jax.Array) -> jax.Array:
@@ -294,6 +295,25 @@ class Pins:
         check_vma=False,
       )(hidden, heads, given)
       return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+    return run
+
+  def attention(self, function: Any) -> Any:
+    """Runs `function(q f[B T H h], k f[B U K h], v, key_start i32[B T],
+    key_end, window=)` on local rows and, where `tensor` splits the kv heads
+    evenly, on local heads."""
+
+    def run(q, k, v, key_start, key_end, window=None):
+      rows = self._rows(q)
+      whole = k.shape[2] % self.mesh.shape["tensor"]
+      heads = P(*(rows or (None,)), None, None if whole else "tensor")
+      return jax.shard_map(
+        lambda *inputs: function(*inputs[:5], window=inputs[5]),
+        mesh=self.mesh,
+        in_specs=(heads, heads, heads, rows, rows, rows),
+        out_specs=heads,
+        check_vma=False,
+      )(q, k, v, key_start, key_end, window)
 
     return run
 

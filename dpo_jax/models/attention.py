@@ -9,12 +9,16 @@ sees its own beginning and the prompt's end, with a gap between them.
 Letters: B rows, T queries, U keys, H heads, K kv heads (H = G K), h head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models import flash_mosaic, flash_triton
 from dpo_jax.models.blockwise import MASKED, Window, blockwise_attention
 
-IMPLEMENTATIONS = ("blockwise", "dense")
+KERNELS = {"triton": flash_triton, "mosaic": flash_mosaic}
+IMPLEMENTATIONS = ("auto", "blockwise", "dense", *KERNELS)
 
 
 def attention(
@@ -27,7 +31,7 @@ def attention(
   window: Window | None = None,
   scale: float | None = None,
   cap: float | None = None,
-  implementation: str = "blockwise",
+  implementation: str = "auto",
   block: int = 128,
 ) -> jax.Array:
   """Softmax attention restricted to each query's range of keys.
@@ -41,17 +45,23 @@ def attention(
     window: hides keys of the range by their positions; `None`: nothing.
     scale: factor on the scores; `None` is `h ** -0.5`.
     cap: scores become `cap * tanh(scores / cap)`; `None`: stay.
-    implementation: "blockwise" goes block by block, skips the keys that no
-      query of a block sees and recomputes scores in the backward
-      (`blockwise.py`); "dense" is the plain form with a [B T U] mask, the
-      oracle of the tests, and what short rows use.
+    implementation: one of
+      "blockwise", plain JAX: goes block by block, skips the keys that no query
+      of a block sees and recomputes scores in the backward (`blockwise.py`);
+      "triton", the same as kernels for GPUs (`flash_triton.py`);
+      "mosaic", the same as kernels for TPUs (`flash_mosaic.py`);
+      "dense", the plain form with a [B T U] mask, the oracle of the tests, and
+      what short rows use;
+      "auto", what `choose` says of the default device.
+      Kernels are interpreted on other devices than theirs, which is slow.
     block: queries per block; rows that are no longer than it are dense.
 
   Returns:
     f[B T H h], in the dtype of q; scores and softmax are float32.
 
   Raises:
-    ValueError: unknown implementation.
+    ValueError: unknown implementation; a dtype or a head size that a kernel
+      does not take, if asked for by name.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -60,10 +70,49 @@ def attention(
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if implementation == "dense" or q.shape[1] <= block:
     return _dense(q, k, v, key_start, key_end, window, scale, cap)
-  return blockwise_attention(
-    q, k, v, key_start, key_end,
-    window=window, scale=scale, cap=cap, block=block,
-  )  # fmt: skip
+  if implementation == "auto":
+    implementation = choose(q.dtype, q.shape[-1])
+  inputs = q, k, v, key_start, key_end
+  options = {"window": window, "scale": scale, "cap": cap}
+  if implementation in KERNELS:
+    return KERNELS[implementation].flash_attention(*inputs, **options)
+  return blockwise_attention(*inputs, **options, block=block)
+
+
+def choose(dtype: Any, head_dim: int, device: Any = None) -> str:
+  """The fastest implementation that a device runs.
+
+  Args:
+    dtype: of q, k and v.
+    head_dim: their last axis.
+    device: as of `jax.devices`; None is the first of them.
+
+  Returns:
+    "triton" on NVIDIA GPUs from compute capability 8.0 on, "mosaic" on TPUs
+    (where these take the dtype and the head), else "blockwise".
+  """
+  device = jax.devices()[0] if device is None else device
+  for name, kernel in KERNELS.items():
+    if is_native(name, device) and not kernel.why_not(dtype, head_dim):
+      return name
+  return "blockwise"
+
+
+def is_native(implementation: str, device: Any) -> bool:
+  """Whether a device runs an implementation as it is meant to be run."""
+  if implementation == "mosaic":
+    return device.platform == "tpu"
+  if implementation == "triton":
+    return device.platform == "gpu" and _capability(device) >= 8
+  return True
+
+
+def _capability(device):
+  """Compute capability of an NVIDIA GPU, 0 of others."""
+  try:
+    return float(device.compute_capability)
+  except (AttributeError, ValueError):  # AMD's are names
+    return 0.0
 
 
 def _dense(q, k, v, key_start, key_end, window, scale, cap):

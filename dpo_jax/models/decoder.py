@@ -63,6 +63,7 @@ class Block(nn.Module):
       scale=c.query_scalar**-0.5,
       cap=c.attention_cap,
       implementation=self.compute.attention,
+      place=self.compute.place_attention,
       param_dtype=dtype,
       name="attention",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import attention
+from dpo_jax.models.attention import KERNELS, attention, choose
 from dpo_jax.models.blockwise import Window
 from dpo_jax.models.rope import apply_rope
 
@@ -122,7 +122,8 @@ class SelfAttention(nn.Module):
   make_norm: Callable[..., nn.Module] | None = None
   scale: float | None = None
   cap: float | None = None
-  implementation: str = "blockwise"
+  implementation: str = "auto"
+  place: Callable[[Any], Any] = lambda function: function  # what is a kernel
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -175,10 +176,15 @@ class SelfAttention(nn.Module):
       k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
       v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
       cache = k, v
-    y = attention(
-      q, k, v, key_start, key_end, window=window, scale=self.scale,
-      cap=self.cap, implementation=self.implementation,
-    )  # fmt: skip
+    how = self.implementation
+    if how == "auto":
+      how = choose(q.dtype, self.head_dim)
+    attend = functools.partial(
+      attention, scale=self.scale, cap=self.cap, implementation=how
+    )
+    if how in KERNELS:  # which the compiler does not split over devices
+      attend = self.place(attend)
+    y = attend(q, k, v, key_start, key_end, window=window)
     out = Projection(
       (self.heads, self.head_dim), (self.width,), self.output_bias,
       self.param_dtype, name="o",

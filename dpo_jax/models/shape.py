@@ -87,7 +87,7 @@ class Compute:
   dtype: Any = jnp.float32  # of activations
   param_dtype: Any = jnp.float32  # of the weights that are trained
   remat: str = "none"  # "block": keep only each block's input for the backward
-  attention: str = "blockwise"
+  attention: str = "auto"  # see `attention.attention`
   # Pins a layer's activations f[B T D] and its weights (a dict of arrays
   # without the layer axis, and the dtype they are used in) to the mesh; see
   # sharding.py.
@@ -99,6 +99,9 @@ class Compute:
   copy_weights: Callable[..., jax.Array] | None = None
   place_lookup: Callable[[Any], Any] = lambda function: function
   unpack_weights: Callable[[Any], Any] = lambda w: w  # see quantize.py
+  # Wraps attention, where it is a kernel, so that each device runs its own rows
+  # and heads.
+  place_attention: Callable[[Any], Any] = lambda function: function
   # Wraps the experts so that each device routes its own tokens.
   place_experts: Callable[[Any], Any] = lambda function: function
 
