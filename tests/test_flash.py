@@ -13,7 +13,7 @@ import pytest
 import test_mirrored_rows as mirrored
 from test_mirrored_rows import assert_close
 
-from dpo_jax import losses, score
+from dpo_jax import losses, score, sharding
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
 from dpo_jax.models import attention, flash_mosaic, flash_triton, layers
@@ -34,12 +34,12 @@ SMALL = {
   "mosaic": {"tile": flash_mosaic.Tile(16, 32)},
 }
 KERNELS = tuple(attention.KERNELS)
-CALLS = {"triton": "xla.gpu.triton", "mosaic": "tpu_custom_call"}
+CALLS = {"triton": "gpu$xla.gpu.triton", "mosaic": "tpu_custom_call"}
 PLATFORMS = {"triton": "cuda", "mosaic": "tpu"}
 
 
 @functools.cache
-def planned(tokens=150):
+def planned(tokens=160):
   """Two rows of pairs that a plan packed: short and long ones, some without a
   rejected response, and padding at the end."""
   rng = np.random.default_rng(0)
@@ -106,8 +106,7 @@ def compare(function, inputs, start, end, tolerance, **options):
   return found
 
 
-@pytest.mark.parametrize("cap", [None, 0.7])
-@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize(("windowed", "cap"), [(False, None), (True, 0.7)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_dense_attention_on_packed_mirrored_rows(
   name, windowed, cap
@@ -132,9 +131,13 @@ def test_a_kernel_is_dense_attention_on_packed_mirrored_rows(
 # bfloat16 rounds probabilities and the gradients of scores to 8 bits before
 # products; relative to the largest entry.
 @pytest.mark.parametrize(
-  ("dtype", "tolerance"), [(jnp.bfloat16, 0.02), (jnp.float32, 1e-5)]
+  ("head_dim", "dtype", "tolerance"),
+  [
+    (64, jnp.bfloat16, 0.02),
+    (80, jnp.float32, 1e-5),
+    (256, jnp.bfloat16, 0.02),
+  ],
 )
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_dense_attention_with_the_blocks_of_devices(
   name, head_dim, dtype, tolerance
@@ -163,17 +166,17 @@ def test_a_row_of_padding_gives_zeros_and_zero_gradients(name):
 
 
 def test_blocks_that_meet_are_those_with_a_visible_pair():
-  batch = jax.tree.map(lambda x: x[:, :128], planned())
+  batch = planned()
   start, end, at = batch.key_start, batch.key_end, batch.positions
-  keys = np.arange(128)
+  keys = np.arange(160)
   seen = (keys >= start[..., None]) & (keys < end[..., None])
   near = at[:, None] >= at[..., None] - 5
   for visible, window in (
     (seen, None),
     (seen & near, Window(jnp.asarray(at - 5), jnp.asarray(at))),
   ):
-    met = visible.reshape(-1, 8, 16, 4, 32).any(axis=(2, 4))
-    found = bounds(start, end, window, 128, 16, 32)
+    met = visible.reshape(-1, 10, 16, 5, 32).any(axis=(2, 4))
+    found = bounds(start, end, window, 160, 16, 32)
     for meets, (first, last) in zip((met, met.swapaxes(1, 2)), found):
       for b, i in np.ndindex(first.shape):
         there = np.flatnonzero(meets[b, i])
@@ -186,7 +189,7 @@ def test_blocks_that_meet_are_those_with_a_visible_pair():
         assert first[b, i] <= ends[0] and ends[1] <= last[b, i]
   whole, cut = (
     sum(
-      int((b.last - b.first).sum()) for b in bounds(start, end, w, 128, 16, 8)
+      int((b.last - b.first).sum()) for b in bounds(start, end, w, 160, 16, 8)
     )
     for w in (None, window)
   )
@@ -218,14 +221,13 @@ def test_the_compiler_of_its_platform_takes_a_kernel(name, rest):
   except RuntimeError as e:  # jax from 0.11 on asks which GPU it is for
     pytest.skip(str(e))
   # Forward, dq, dk and dv together; and nothing that is interpreted.
-  assert text.count(f"@{CALLS[name]}") == 3
+  assert text.count(CALLS[name]) == 3
   assert "while" not in text
 
 
-def one_step(how, monkeypatch):
-  monkeypatch.setattr(
-    layers, "attention", functools.partial(attention.attention, block=8)
-  )
+@functools.cache
+def one_step(how):
+  """Loss and gradients of a step of DPO on packed rows."""
   model = mirrored.make_model(attention=how)
   params = mirrored.make_params()
   tx = optax.sgd(1.0)
@@ -245,10 +247,28 @@ def one_step(how, monkeypatch):
 
 @pytest.mark.parametrize("name", ["blockwise", *KERNELS])
 def test_a_training_step_is_the_same_under_each(name, monkeypatch):
-  loss, grads = one_step(name, monkeypatch)
-  expected, expected_grads = one_step("dense", monkeypatch)
+  expected, expected_grads = one_step("dense")
+  small = functools.partial(attention.attention, block=8)
+  monkeypatch.setattr(layers, "attention", small)
+  loss, grads = one_step(name)
   assert_close(loss, expected, 1e-5)
   jax.tree.map(lambda a, b: assert_close(a, b, 2e-5), grads, expected_grads)
+
+
+@pytest.mark.parametrize("name", ["blockwise", *KERNELS])
+def test_a_model_has_its_kernels_placed_over_the_mesh(name):
+  placed = []
+
+  def place(function):
+    placed.append(function)
+    return function
+
+  model = mirrored.make_model(attention=name, place_attention=place)
+  ids = jnp.zeros((1, 160), jnp.int32)
+  jax.eval_shape(model.apply, mirrored.make_params(), ids, ids, ids, ids)
+  assert bool(placed) == (name in KERNELS)
+  pins = sharding.Pins(sharding.make_mesh(devices=jax.devices()[:1]))
+  assert pins.for_model()["place_attention"] == pins.attention
 
 
 def device(platform, **fields):
