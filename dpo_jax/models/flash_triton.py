@@ -49,9 +49,9 @@ class Tiles(NamedTuple):
   dkv: Tile
 
 
-# By the bytes of one head of one token: what compiles with hardly a spilled
-# register and for 100 KB of shared memory (115 on Hopper, which has more). Small,
-# as pairs of a packed row are short.
+# By the bytes of one head of one token: what compiles with hardly a register
+# spilled and for 100 KB of shared memory (115 on Hopper, which has more). They
+# are small, as pairs of a packed row are short.
 _TILES = {
   128: Tiles(Tile(128, 64, 3), Tile(64, 64, 2), Tile(64, 64, 2)),
   256: Tiles(Tile(64, 64, 3), Tile(64, 64, 2), Tile(64, 64, 2, 8)),
