@@ -235,7 +235,7 @@ def one_step(how):
   state = TrainState(zero, params, tx.init(params), zero)
   step = functools.partial(
     train_step,
-    score=score.make_score(model, tile=8),
+    score=score.Score(model, tile=8),
     loss=losses.make("dpo", beta=0.3),
     tx=tx,
   )
