@@ -71,26 +71,26 @@ class Problem:
 
 
 def gflop(problem: Problem, shared: bool) -> float:
-  """Matrix-product GFLOP of one step by the cost model of docs/benchmarks.md:
-  policy forward and backward (3 units) and reference forward (1).
+  """Matrix-product GFLOP of one step: policy forward and backward (3 units) and
+  reference forward (1).
 
   Args:
     problem: sizes.
-    shared: prompts once, head and last layer only where a response token is
-      predicted, visible keys only; False: two full sequences a pair, every
-      position through the head, all T^2 keys.
+    shared: what is needed at least, see `dpo_jax.flops`; False: two full
+      sequences a pair, every position through the head, all T^2 keys.
   """
   p, r, d = problem.prompt, problem.response, problem.width
-  layer = 4 * d * d + 3 * d * problem.ffn  # multiply-adds a token
   if shared:
-    last = (2 * d * d + 3 * d * problem.ffn) * p  # all but K and V
-    tokens = layer * problem.layers * (p + 2 * r) - last
-    seen = (p * p / 2 + 2 * p * r + r * r) * problem.layers - p * p / 2
-    head = 2 * r
-  else:
-    tokens = layer * problem.layers * 2 * (p + r)
-    seen = 2 * (p + r) ** 2 * problem.layers
-    head = 2 * (p + r)
+    from dpo_jax import flops
+
+    config = problem.model_config()
+    responses = np.full((problem.pairs, 2), r)
+    work = flops.work(config, np.full(problem.pairs, p), responses)
+    return 4 * flops.Costs(config, {}).forward(work) / 1e9
+  layer = 4 * d * d + 3 * d * problem.ffn  # multiply-adds a token
+  tokens = layer * problem.layers * 2 * (p + r)
+  seen = 2 * (p + r) ** 2 * problem.layers
+  head = 2 * (p + r)
   forward = 2 * tokens + 4 * d * seen + 2 * problem.vocab * d * head
   return 4 * forward * problem.pairs / 1e9
 
