@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.offload import fetched, lies_on_host
+
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _GOLDEN = 0x9E3779B1  # odd multipliers and shifts as in MurmurHash3
 
@@ -24,7 +26,17 @@ def of_tree(tree: Any) -> dict[str, str]:
       processes all of them must call.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  sums = jax.device_get(_sums(tuple(leaf for _, leaf in leaves)))
+  there = [isinstance(x, jax.Array) and lies_on_host(x) for _, x in leaves]
+  sums = iter(
+    _sums([x for (_, x), host in zip(leaves, there, strict=True) if not host])
+  )
+  # One by one: all of what lies on the host may not fit the device.
+  sums = jax.device_get(
+    [
+      _sums([x])[0] if host else next(sums)
+      for (_, x), host in zip(leaves, there, strict=True)
+    ]
+  )
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       f"{int(a):08x}{int(b):08x}"
@@ -34,8 +46,8 @@ def of_tree(tree: Any) -> dict[str, str]:
 
 
 @jax.jit
-def _sums(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
-  return [_sum(x) for x in leaves]
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [_sum(x) for x in fetched(leaves)]
 
 
 def _sum(x: jax.Array) -> jax.Array:

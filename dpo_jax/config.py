@@ -115,6 +115,14 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Offload:
+  """What lies in host memory until a step uses it."""
+
+  reference: bool = False  # the one that stays; not one that follows the policy
+  optimizer: bool = False  # moments; the weights stay on the device
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
   prompts: int = 8  # held-out prompts to answer before and after; 0: none
   max_tokens: int = 128
@@ -151,6 +159,7 @@ class Config:
   optim: Optim = Optim()
   train: Train = Train()
   mesh: Mesh = Mesh()
+  offload: Offload = Offload()
   sample: Sample = Sample()
   log: Log = Log()
 
@@ -189,7 +198,7 @@ class Config:
 
 # What may change between the parts of one run: how fast, where, how talkative.
 _HARMLESS = (
-  "mesh.", "log.", "data.cache_dir", "data.workers", "model.remat",
+  "mesh.", "offload.", "log.", "data.cache_dir", "data.workers", "model.remat",
   "model.attention", "model.head_tile", "train.microbatches",
   "train.eval_every", "train.eval_batch_size", "train.log_every",
   "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best",

@@ -74,7 +74,9 @@ def judge(config: Config) -> dict[str, Any]:
   if same_path(config.reference.path, config.model.path):
     reference = {"params": policy["params"]}
   elif config.reference.path:
-    reference = load_variables(config, built, config.reference.path)
+    reference = load_variables(
+      config, built, config.reference.path, on_host=config.offload.reference
+    )
   evaluator = evaluate.make_evaluator(built.score, loss, built.mesh)
   result = evaluator(policy, reference, plan)
   kl = None

@@ -27,6 +27,11 @@ def check_loss(config: Config, loss: losses.Loss) -> None:
       f"config.reference.sync_every: loss {loss.name!r} reads no reference that"
       " could follow the policy"
     )
+  if config.offload.reference and not loss.needs_reference:
+    raise ConfigError(
+      f"config.offload.reference: loss {loss.name!r} reads no reference that"
+      " could lie on the host"
+    )
   if config.reference.sync_every and (config.lora.rank or config.lora.path):
     raise ConfigError(
       "config.reference.sync_every does not go with config.lora: a mean of"

@@ -7,7 +7,7 @@ import flax.traverse_util as traverse
 import jax
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import offload, sharding
 from dpo_jax.batch import Scores
 from dpo_jax.data.pack import empty_batch
 from dpo_jax.run import Run
@@ -24,15 +24,17 @@ class Held(NamedTuple):
   batch: int  # and what the loss carries
   temporary: int  # activations, gradients, gathered weights, and the new state
   # where the compiler does not write it over the old
+  on_host: int = 0  # of the reference and the optimizer, and not counted above
 
   @property
   def total(self) -> int:
-    return sum(self)
+    """On the device."""
+    return sum(self) - self.on_host
 
 
 def compile_step(run: Run) -> Any:
   """The compiled step of a run, from shapes: nothing is read or run."""
-  return run.step.lower(*_inputs(run)).compile()
+  return run.step.lower(*step_inputs(run)).compile()
 
 
 def held(run: Run, compiled: Any = None) -> Held:
@@ -47,7 +49,8 @@ def held(run: Run, compiled: Any = None) -> Held:
     backend plans for: another backend's plan is another.
   """
   stats = (compiled or compile_step(run)).memory_analysis()
-  state, reference, batch, frozen = _inputs(run)
+  state, _, batch, frozen = step_inputs(run)
+  reference = run.abstract_reference()  # kept, also where the step reads none
   of_frozen = device_bytes(frozen)
   own = device_bytes(reference) - _shared(run, frozen, reference)
   rest = state._replace(params=None, opt_state=None, reference=None)
@@ -63,30 +66,45 @@ def held(run: Run, compiled: Any = None) -> Held:
     optimizer=device_bytes(state.opt_state),
     batch=device_bytes(batch) + device_bytes(rest),
     temporary=temporary,
+    on_host=host_bytes((reference, state.opt_state)),
   )
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes a device of shapes with shardings."""
+  """Bytes a device, in its own memory, of shapes with shardings."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
+    _bytes(x) for x in jax.tree.leaves(tree) if not offload.lies_on_host(x)
+  )
+
+
+def host_bytes(tree: Any) -> int:
+  """Bytes a device, in its host's memory."""
+  return sum(
+    _bytes(x) for x in jax.tree.leaves(tree) if offload.lies_on_host(x)
   )
 
 
 def render(found: Held) -> list[str]:
   """One line a part, in MiB."""
+  parts = found._asdict()
+  there = parts.pop("on_host")
   lines = [f"memory      {found.total / 2**20:.1f} MiB a device"]
   lines += [
     f"  {name:10s}{value / 2**20:10.1f} MiB"
-    for name, value in found._asdict().items()
+    for name, value in parts.items()
     if value
   ]
+  if there:
+    lines.append(f"on its host {there / 2**20:.1f} MiB beside it")
   return lines
 
 
-def _inputs(run):
-  """Of the step, as shapes with shardings."""
+def _bytes(x: Any) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def step_inputs(run: Run) -> tuple[Any, ...]:
+  """What the step of a run takes, as shapes with shardings."""
   batch = empty_batch(*run.train_plan.shapes[-1])  # the largest
   if run.config.reference.precompute:
     scores = np.zeros(batch.lengths.shape, np.float32)
@@ -95,7 +113,7 @@ def _inputs(run):
   _, frozen = run.trainable.split(run.built.abstract)
   return (
     run.abstract_state,
-    run.abstract_reference(),
+    run.abstract_reference() if run.scores_reference() else None,
     sharding.batch_shapes(batch, run.built.mesh),
     frozen,
   )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dpo_jax import (
   evaluate,
   flops,
+  offload,
   optim,
   processes,
   reference_cache,
@@ -49,6 +50,7 @@ class Run:
     self.built = built or build(config)
     mesh = self.built.mesh
     _check_packed(config, self.built)
+    _check_offload(config, self.built)
     self.data = load_data(config, self.built, self.loss)
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
@@ -131,8 +133,9 @@ class Run:
     """Variables of the reference; None if the loss reads none.
 
     The policy's beginning is the reference unless another is named. Of that,
-    what is trained is copied, for the step donates its own; what is frozen is
-    shared, and new adapters, which add nothing yet, are left off.
+    what is trained is copied, for the step donates its own, to the host if the
+    config says so; what is frozen is shared, and new adapters, which add
+    nothing yet, are left off.
 
     Args:
       start: what is trained, before any step.
@@ -143,27 +146,45 @@ class Run:
     c = self.config
     other = c.reference.path
     if other and not same_path(other, c.model.path):
-      return load_variables(c, self.built, other)
+      return load_variables(c, self.built, other, on_host=c.offload.reference)
     if self.built.lora and (other or not c.lora.path):
       return {"params": frozen["params"]}
-    return join(frozen, jax.tree.map(jnp.copy, start))
+    if not c.offload.reference:
+      return join(frozen, jax.tree.map(jnp.copy, start))
+    places = jax.tree.map(lambda x: x.sharding, offload.on_host(start))
+    return join(frozen, jax.device_put(start, places, may_alias=False))
 
   def abstract_reference(self) -> Any | None:
-    """What `load_reference` gives, as shapes; None also where the step gets
-    none, for its scores are known or it is part of the state."""
+    """What `load_reference` gives, as shapes."""
     c = self.config
-    if not self.loss.needs_reference or c.reference.precompute or self.follows:
+    if not self.loss.needs_reference:
       return None
     if c.lora.path and not c.reference.path:
-      return self.built.abstract
-    return {"params": self.built.abstract["params"]}
+      reference = self.built.abstract
+    else:
+      reference = {"params": self.built.abstract["params"]}
+    if not c.offload.reference:
+      return reference
+    if c.reference.path and not same_path(c.reference.path, c.model.path):
+      return offload.on_host(reference)
+    copied, shared = self.trainable.split(reference)
+    return join(shared, offload.on_host(copied))
+
+  def scores_reference(self) -> bool:
+    """Whether the step runs the reference of `load_reference`: not where its
+    scores are known, or the state has one that follows the policy. It is kept
+    all the same, for evaluation and for the KL at the end."""
+    known = self.config.reference.precompute or self.follows
+    return self.loss.needs_reference and not known
 
   def with_reference(self, state: TrainState, reference: Any) -> TrainState:
     """The state with a reference of its own, if that is to follow the policy;
     the one it starts from stays as it is."""
     if not self.follows:
       return state
-    return state._replace(reference=jax.tree.map(jnp.copy, reference))
+    places = jax.tree.map(lambda x: x.sharding, self.abstract_state.reference)
+    copied = jax.device_put(reference, places, may_alias=False)
+    return state._replace(reference=copied)
 
   def identity(self) -> dict[str, Any]:
     """What a checkpoint must agree in, beside the config, to be continued."""
@@ -267,7 +288,10 @@ class Run:
       jax.eval_shape(self.loss.initial_state),
       self.built.abstract if self.follows else None,
     )
-    return sharding.placed(state, mesh)
+    state = sharding.placed(state, mesh)
+    if self.config.offload.optimizer:
+      state = state._replace(opt_state=offload.on_host(state.opt_state))
+    return state
 
 
 def _router_balance(config: Config, model: Any) -> float:
@@ -304,4 +328,19 @@ def _check_packed(config: Config, built: Built) -> None:
     raise ConfigError(
       "config.model.quantize needs config.model.remat=block; all layers would"
       " be kept unpacked for the backward otherwise"
+    )
+
+
+def _check_offload(config: Config, built: Built) -> None:
+  """Refuses what cannot be moved to the host, or is not there to be moved."""
+  o, c = config.offload, config
+  for name, asked in vars(o).items():
+    if asked:
+      offload.check(f"config.offload.{name}", jax.local_devices())
+  other = c.reference.path and not same_path(c.reference.path, c.model.path)
+  own = other or not built.lora or (c.lora.path and not c.reference.path)
+  if o.reference and not own:
+    raise ConfigError(
+      "config.offload.reference: this reference is the policy's frozen weights,"
+      " and takes no memory of its own to be moved"
     )

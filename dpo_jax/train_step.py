@@ -12,6 +12,7 @@ from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
 from dpo_jax.batch import Batch, Scores
 from dpo_jax.models import moe
+from dpo_jax.offload import fetched
 from dpo_jax.one_sweep import Given
 from dpo_jax.score import Score
 from dpo_jax.trainable import join
@@ -126,9 +127,10 @@ def train_step(
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
   finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total).all()
 
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  opt_state = fetched(state.opt_state)
+  old = state.params, opt_state, state.loss_state
+  updates, opt_state = tx.update(grads, opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  old = state.params, state.opt_state, state.loss_state
   params, opt_state, loss_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (params, opt_state, loss_state),

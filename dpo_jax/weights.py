@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from dpo_jax import sharding
+from dpo_jax import offload, sharding
 from dpo_jax.build import Built
 from dpo_jax.config import Config
 from dpo_jax.errors import CheckpointError, ConfigError
@@ -33,23 +33,32 @@ def load_policy(config: Config, built: Built) -> Any:
   return variables | {"lora": init(key)}
 
 
-def load_variables(config: Config, built: Built, path: str = "") -> Any:
+def load_variables(
+  config: Config, built: Built, path: str = "", *, on_host: bool = False
+) -> Any:
   """Weights of `path`, or of the config's model, or random by the seed;
   sharded as they are made, without adapters, in few bits if the config says
-  so."""
-  variables = _whole_variables(config, built, path or config.model.path)
+  so. With `on_host` they are read into host memory, past the device; those in
+  few bits go there from it."""
+  path = path or config.model.path
+  past = on_host and not config.model.quantize
+  variables = _whole_variables(config, built, path, past)
   if config.model.quantize:
     packed = quantize.pack(variables.pop("params"), config.model.quantize)
-    places = jax.tree.map(lambda x: x.sharding, built.abstract["params"])
+    abstract = built.abstract["params"]
+    abstract = offload.on_host(abstract) if on_host else abstract
+    places = jax.tree.map(lambda x: x.sharding, abstract)
     variables["params"] = jax.device_put(packed, places)
   return variables
 
 
-def _whole_variables(config, built, path) -> Any:
+def _whole_variables(config, built, path, on_host) -> Any:
   init = built.model.init_variables
   abstract = sharding.placed(
     jax.eval_shape(init, jax.random.key(0)), built.mesh
   )
+  if on_host:
+    abstract = offload.on_host(abstract)
   if path:
     path = os.path.expanduser(path)
     _, shape = hf.read_config(path)

@@ -32,7 +32,7 @@ def measured(folder, mesh, model, changes):
   trained, _ = run.trainable.split(run.built.abstract)
   least = collectives.least(
     run.built.abstract["params"], trained, itemsize=4,
-    reference=run.abstract_reference() is not None,
+    reference=run.scores_reference(),
   )  # fmt: skip
   return {
     "cost": [cost["flops"], cost["bytes accessed"]],

@@ -159,6 +159,7 @@ def test_a_config_does_not_share_its_loss_with_what_it_was_made_from():
 # are sampled does: those before are compared with those after.
 HARMLESS = {
   "mesh": {"data": 4, "fsdp": 2, "tensor": 2},
+  "offload": {"reference": True, "optimizer": True},
   "log": {
     "tensorboard": True, "wandb": True, "name": "x", "watchdog": 5.0,
     "trace": "3-4", "peak_tflops": 7.0,

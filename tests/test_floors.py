@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 # Lowest floor first. A module imports only from floors below its own, or from
 # its own folder; errors are for everyone.
 FLOORS = (
-  ("errors", "batch", "files", "streams", "logps", "losses"),
+  ("errors", "batch", "files", "streams", "offload", "logps", "losses"),
   (
     "data",
     "models",

@@ -27,6 +27,7 @@ from dpo_jax.models.moe import ROUTER, RoutedMLP
 from dpo_jax.models.rope import rope_frequencies
 from dpo_jax.models.shape import Compute, Config
 from dpo_jax.models.stack import open_stack, take_layer
+from dpo_jax.offload import fetched
 
 Cache = tuple[jax.Array, jax.Array]
 _EVERYTHING = -(2**30)  # the oldest position that a global layer sees
@@ -164,14 +165,14 @@ class Decoder(nn.Module):
     sows = sows and not self.is_initializing()  # variables are weights alone
 
     def here(weights):
-      pinned = compute.pin_weights(weights, compute.dtype)
+      pinned = compute.pin_weights(fetched(weights), compute.dtype)
       return compute.unpack_weights(pinned)
 
     def one_layer(x, layer, queries=None):
       (weights, adapters), key, local, cache = layer
       freqs, seen = _of_layer(c, local, window)
       out = block.apply(
-        {"params": here(weights), "lora": adapters},
+        {"params": here(weights), "lora": fetched(adapters)},
         x, positions, freqs, key_start, key_end, seen, cache, cache_index,
         queries, mutable=[ROUTER] if sows else False,
         rngs=None if key is None else {"dropout": key},
@@ -209,7 +210,15 @@ class Decoder(nn.Module):
   def spread(self, variables: Any) -> Any:
     """Variables to use in one pass: on a mesh with the collection `copies` of
     embedding and unembedding, which are one array where these are tied, so that
-    it is gathered once and its gradient added up once."""
+    it is gathered once and its gradient added up once. What lies in host
+    memory is brought from there, but for the layers, which come one by one."""
+    variables = {
+      collection: {
+        name: part if name == "layers" else fetched(part)
+        for name, part in parts.items()
+      }
+      for collection, parts in variables.items()
+    }
     copy, dtype = self.compute.copy_weights, self.compute.dtype
     if copy is None:
       return variables

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from dpo_jax import offload
 from dpo_jax.models import layout
 from dpo_jax.models.hf_files import Folder
 from dpo_jax.models.hf_fit import Index, Leaf, bytes_of, check, leaves_of
@@ -125,8 +126,9 @@ def _load(reader: _Reader) -> jax.Array:
 
 def _put(shape, sharding, reader, parts) -> jax.Array:
   indices, holders = zip(*parts)
+  kind = sharding.memory_kind
   arrays = [
-    jax.device_put(array, device)
+    jax.device_put(array, SingleDeviceSharding(device, memory_kind=kind))
     for array, devices in zip(reader.fill(indices), holders)
     for device in devices
   ]
@@ -137,7 +139,7 @@ def _by_layer(sharding: jax.sharding.Sharding) -> bool:
   """Whether a leaf is put together on its devices, layer by layer; the layers
   themselves must not be split over them."""
   platform = next(iter(sharding.device_set)).platform
-  if platform == "cpu":
+  if platform == "cpu" or sharding.memory_kind == offload.KIND:
     return False
   named = isinstance(sharding, NamedSharding) and not any(sharding.spec[:1])
   return named or isinstance(sharding, SingleDeviceSharding)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import offload
+
 Tree = Any
 
 
@@ -36,8 +38,9 @@ def take_layer(stack: Tree, sinks: Tree, index: Any) -> tuple[Tree, Tree]:
 
 
 def _moves(x):
-  """Whether there are gradients: packed weights are integers."""
-  return jnp.issubdtype(x.dtype, jnp.inexact)
+  """Whether there are gradients: packed weights are integers, and what lies in
+  host memory is not trained."""
+  return jnp.issubdtype(x.dtype, jnp.inexact) and not offload.is_there(x)
 
 
 def _at(x, index):

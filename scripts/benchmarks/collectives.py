@@ -51,7 +51,7 @@ def table(folder: pathlib.Path) -> None:
     trained, _ = run.trainable.split(run.built.abstract)
     least = collectives.least(
       run.built.abstract["params"], trained, itemsize=4,
-      reference=run.abstract_reference() is not None,
+      reference=run.scores_reference(),
     )  # fmt: skip
     gathers = collectives.total(found, "all-gather")
     sums = collectives.total(found, *collectives.SUMS)
