@@ -61,7 +61,7 @@ class Collective(NamedTuple):
 
 
 def read(hlo: str) -> list[Collective]:
-  """The collectives of a program.
+  """The collectives of a program, but for those of a device with itself.
 
   Args:
     hlo: `compiled.as_text()`.
@@ -80,7 +80,9 @@ def read(hlo: str) -> list[Collective]:
       shape, op = operation.groups()
       kind = op.removesuffix("-start")
       if kind in KINDS:
-        found.append(_collective(line, shape, op, times, known))
+        one = _collective(line, shape, op, times, known)
+        if one.devices != 1:  # over an axis of one, this compiler leaves them
+          found.append(one)
       loops, certain = times, known
       if op == "while":
         trips = _TRIPS.search(line)

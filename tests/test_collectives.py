@@ -14,12 +14,14 @@ from meshes import make_run
 from dpo_jax import collectives, memory
 
 TIED, UNTIED = ({"tie_word_embeddings": tied} for tied in (True, False))
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
 CASES = {
   "fsdp": ((1, 8, 1), TIED, {}),
   "data and fsdp": ((2, 4, 1), UNTIED, {"model.remat": "block"}),
   "bfloat16": ((2, 4, 1), UNTIED, {"model.dtype": "bfloat16"}),
   "lora": ((1, 8, 1), TIED, {"lora.rank": 4}),
   "tensor": ((2, 2, 2), UNTIED, {}),
+  "experts": ((2, 4, 1), EXPERTS, {}),
 }
 
 
@@ -169,6 +171,17 @@ def test_bytes_of_every_kind_are_read_and_loops_multiply(notation):
   assert [c.received for c in found] == [144, 162, 24, 24, 32]
   assert collectives.total(found, "all-gather") == (4, 224, 168)
   assert collectives.total(found, *collectives.SUMS) == (4, 140, 186)
+
+
+def test_what_a_device_adds_up_with_itself_does_not_move():
+  alone = {
+    "listed": "replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}",
+    "iota": "replica_groups=[8,1]<=[8]",
+    "mesh": "replica_groups=mesh['a'=8,'b'=1] {'b'}",
+  }
+  for groups in alone.values():
+    text = LOOP.replace("GROUPS", groups).replace("TRIPS", TRIPS)
+    assert [c.kind for c in collectives.read(text)] == ["collective-permute"]
 
 
 def test_a_loop_of_unknown_length_is_told():
