@@ -67,7 +67,7 @@ def test_dpo_learns_politeness_in_126_steps(tmp_path):
 
 @needs_shared
 def test_kto_raises_what_was_liked_and_lowers_what_was_not(tmp_path):
-  config = _tone_config("kto", **{"train.steps": 40, "train.batch_size": 32})
+  config = _tone_config("kto", **{"train.steps": 80, "train.batch_size": 32})
   summary = train(config, tmp_path / "run")
   last = summary["final_eval"]
   assert last["rewards/chosen"] > 0.1
