@@ -206,7 +206,9 @@ def test_a_reference_that_is_not_there_is_not_moved(corpus, changes):
 
 def test_single_numbers_stay_and_fetching_is_nothing_on_the_device():
   mesh = sharding.make_mesh(-1)
-  tree = sharding.placed({"a": np.zeros(3), "count": np.zeros(())}, mesh)
+  tree = sharding.placed(
+    {"a": np.zeros(3, "f"), "count": np.zeros((), "f")}, mesh
+  )
   there = offload.on_host(tree)
   assert offload.lies_on_host(there["a"])
   assert not offload.lies_on_host(there["count"])
