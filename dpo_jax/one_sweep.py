@@ -7,6 +7,7 @@ instead of four, two where it is frozen, and nothing of the vocabulary's size is
 kept but the gradient.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,16 +58,15 @@ def one_sweep(
     rows, scored, width = hidden.shape
     tiles, size = logps.tiling(rows * scored, tile, scored)
     split = _splitter(tiles, size // scored, rows)
-    batch = given.batch._replace(slot=given.batch.slot + 1)
+    nowhere = math.prod(given.batch.lengths.shape[1:])
+    # Zeros, which fill up the last tile, are to be nowhere.
+    batch = given.batch._replace(slot=given.batch.slot - nowhere)
     parts = jax.tree.map(split, (hidden, (batch, given.reference)))
 
     def one_tile(dhead, part):
       h, (batch, reference) = part
       h = h.reshape(-1, width)
-      # Rows of padding have slot 0 where a part is filled up, and no other has.
-      nowhere = batch.lengths.shape[1] * batch.lengths.shape[2]
-      slot = jnp.where(batch.slot > 0, batch.slot - 1, nowhere)
-      batch = batch._replace(slot=slot)
+      batch = batch._replace(slot=batch.slot + nowhere)
       target = batch.target.reshape(-1)
       logits, lse, values = logps.score_tile(h, head, target, cap, confidence)
       tokens, *squares = (x.reshape(-1, scored) for x in values)

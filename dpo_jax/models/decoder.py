@@ -1,8 +1,10 @@
 """The decoder that all families are: their Configs say what differs.
 
 Layers are stacked along a leading axis of every weight and run by one scan, so
-the program has one layer's size whatever the depth. What differs between layers
-and is no weight, a window or a rotary base, is chosen inside the scan.
+the program has one layer's size whatever the depth; or two layers', where only
+some tokens are asked for and the last layer runs by itself. What differs
+between layers and is no weight, a window or a rotary base, is chosen inside the
+scan.
 
 Variables: `params`, and `lora` where there are adapters (`lora.py`); applied
 without the latter it is the model without them.
