@@ -41,7 +41,9 @@ class Router(NamedTuple):
 class Scores(NamedTuple):
   """What a model says of every response of a batch, f32[B M K] each."""
 
-  logps: jax.Array  # summed log-probs; 0 for a response that is not there
+  # Summed log-probs, or a reward model's scores; 0 for a response that is not
+  # there.
+  logps: jax.Array
   tails: jax.Array | None = None  # beyond the other response's length, see LD
   confidence: jax.Array | None = None  # without gradient, see WPO
   router: Router | None = None  # of the rows and not of their responses

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import sharding
 from dpo_jax.config import Config
+from dpo_jax.data.closing import closed
 from dpo_jax.data.encode import EncodeSettings
 from dpo_jax.data.store import (
   Examples,
@@ -30,6 +31,7 @@ from dpo_jax.models import attention, hf, peft, quantize
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.progress import row_bar
+from dpo_jax.reward_score import RewardScore
 from dpo_jax.score import Score
 
 _LOG = logging.getLogger("dpo_jax")
@@ -44,12 +46,13 @@ class Built(NamedTuple):
   family: types.ModuleType  # see models.hf
   model: nn.Module
   abstract: Any  # variables as shapes, dtypes and shardings
-  score: Score
+  score: Score | RewardScore
   lora: Lora | None = None  # adapters of the policy, `lora` in its variables
 
 
 def build(config: Config) -> Built:
-  """Reads the tokenizer and the model's config; loads no weights.
+  """Reads the tokenizer and the model's config; loads no weights. For a loss
+  that reads scores it is a reward model, whatever head the folder has.
 
   Raises:
     ConfigError, CheckpointError, DataError: one line each, for what it is.
@@ -61,6 +64,12 @@ def build(config: Config) -> Built:
     family, shape = hf.read_config(os.path.expanduser(c.path))
   else:
     family, shape = hf.family(c.family), None
+  scores = config.make_loss().needs_scores
+  if shape and shape.scalar_head and not scores:
+    raise ConfigError(
+      f"{c.path} is a reward model, and no policy; only the loss 'reward' reads"
+      " one"
+    )
   pins = sharding.Pins(mesh)
   try:
     compute = family.Compute(
@@ -83,8 +92,9 @@ def build(config: Config) -> Built:
       tied=c.tied,
       **_experts(config, family),
     )
-    how = _attention(compute, shape.head_dim, mesh.devices.flat[0])
-    compute = dataclasses.replace(compute, attention=how)
+    if scores:
+      shape = dataclasses.replace(shape, scalar_head=True)
+    model = model_of(family, shape, compute, mesh)
   except ValueError as e:
     raise ConfigError(f"config.model: {e}") from e
   if tokenizer.vocab_size > shape.vocab_size:
@@ -99,7 +109,6 @@ def build(config: Config) -> Built:
       config.data.max_length,
       shape.max_length,
     )
-  model = family.Model(shape, compute)
   abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
   lora = _lora(config)
   if lora:
@@ -108,10 +117,25 @@ def build(config: Config) -> Built:
     pack = functools.partial(quantize.pack, kind=c.quantize)
     abstract["params"] = jax.eval_shape(pack, abstract["params"])
   abstract = sharding.placed(abstract, mesh)
-  score = Score(
-    model, tile=c.head_tile, place_head=pins.head, place_sweep=pins.sweep
-  )
+  if scores:
+    score = RewardScore(model)
+  else:
+    score = Score(
+      model, tile=c.head_tile, place_head=pins.head, place_sweep=pins.sweep
+    )
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def model_of(
+  family: types.ModuleType, shape: Any, compute: Any, mesh: Mesh
+) -> nn.Module:
+  """A family's model, with the attention that the mesh's devices are to run.
+
+  Raises:
+    ValueError: that which is asked for cannot be had.
+  """
+  how = _attention(compute, shape.head_dim, mesh.devices.flat[0])
+  return family.Model(shape, dataclasses.replace(compute, attention=how))
 
 
 def _attention(compute, head_dim, device) -> str:
@@ -243,6 +267,8 @@ def _load_checked(source, split, *, loss, vocab_size, **options) -> Examples:
     examples = load_examples(source, split, progress=progress, **options)
   check_vocabulary(examples, vocab_size)
   check_rankings(examples, loss.responses)
+  if loss.needs_scores:
+    return closed(examples, options["tokenizer"].pad_id)
   return examples
 
 

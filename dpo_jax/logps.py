@@ -87,6 +87,15 @@ def sum_by_slot(
   return sums.reshape(slot.shape[0], *shape)
 
 
+def last_of_slot(slot: jax.Array, slots: int) -> jax.Array:
+  """Where the last scored token of each response stands, i32[B S] -> i32[B N]
+  for N slots; S for one that is not there."""
+  scored = slot.shape[1]
+  mine = slot[:, :, None] == jnp.arange(slots)  # bool[B S N]
+  last = jnp.where(mine, jnp.arange(scored)[:, None], -1).max(axis=1)
+  return jnp.where(last < 0, scored, last)
+
+
 def beyond(slot: jax.Array, limits: jax.Array) -> jax.Array:
   """Which scored tokens lie beyond a limit of their response.
 

@@ -12,11 +12,7 @@ def check_loss(config: Config, loss: losses.Loss) -> None:
     ConfigError: the first of them.
   """
   if loss.needs_scores:
-    raise ConfigError(
-      f"config.loss.name={loss.name!r} reads the scores of a reward model;"
-      " training one is not part of this version, the function is:"
-      " losses.reward"
-    )
+    _check_reward(config, loss)
   if config.reference.precompute and loss.mismatches:
     raise ConfigError(
       f"config.reference.precompute does not go with {loss.name!r}, whose"
@@ -41,4 +37,25 @@ def check_loss(config: Config, loss: losses.Loss) -> None:
     raise ConfigError(
       "config.reference.sync_every moves the reference, so its log-probs cannot"
       " be precomputed; leave config.reference.precompute off"
+    )
+
+
+def _check_reward(config: Config, loss: losses.Loss) -> None:
+  """What a reward model cannot do."""
+  name = f"loss {loss.name!r}"
+  if any(need.endswith("_logps") for need in loss.needs):
+    raise ConfigError(
+      f"config.loss.name={loss.name!r}: one model has either scores or"
+      " log-probs, and this mixture reads both"
+    )
+  if config.sample.prompts:
+    raise ConfigError(
+      f"config.sample.prompts={config.sample.prompts}: {name} trains a reward"
+      " model, which answers nothing; set it to 0"
+    )
+  if config.model.quantize:
+    raise ConfigError(
+      f"config.model.quantize={config.model.quantize!r}: {name} trains a scalar"
+      " head beside the adapters, and weights in few bits are not exported"
+      " with it"
     )

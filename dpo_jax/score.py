@@ -47,9 +47,7 @@ class Score:
     self._spread = getattr(model, "spread", lambda variables: variables)
     self._place_head = place_head
     self._place_sweep = place_sweep
-    # How all tokens are routed may be asked for, in the last layer too, and
-    # policy and reference are to be one computation.
-    self._skip_prompts = skip_prompts and not getattr(model, "router", False)
+    self._skip_others = skip_prompts
 
   def __call__(
     self,
@@ -107,25 +105,14 @@ class Score:
 
   def _hidden(self, variables, batch, router, dropout):
     """Hidden states f[B S D] of scored tokens, head, use of experts."""
-    model, variables = self._model, self._spread(variables)
-    inputs = batch.tokens, batch.positions, batch.key_start, batch.key_end
-    options = {} if dropout is None else {"rngs": {"dropout": dropout}}
-    used, router = None, router and getattr(model, "router", False)
-    # Prompts and padding never meet the last layer's queries and MLP, nor the
-    # vocabulary.
-    if self._skip_prompts:
-      scored = batch.slot < math.prod(batch.lengths.shape[1:])
-      queries = jnp.where(scored, batch.source, batch.tokens.shape[1])
-      hidden = model.apply(variables, *inputs, queries=queries, **options)
-      return hidden, model.unembed(variables), None
-    if router:
-      options["mutable"] = ["router"]
-      hidden, sown = model.apply(variables, *inputs, **options)
-      used = Router(**{name: x for name, (x,) in sown["router"].items()})
-    else:
-      hidden = model.apply(variables, *inputs, **options)
-    hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
-    return hidden, model.unembed(variables), used
+    variables = self._spread(variables)
+    scored = batch.slot < math.prod(batch.lengths.shape[1:])
+    at = jnp.where(scored, batch.source, batch.tokens.shape[1])
+    hidden, used = hidden_states(
+      self._model, variables, batch, at,
+      router=router, dropout=dropout, skip_others=self._skip_others,
+    )  # fmt: skip
+    return hidden, self._model.unembed(variables), used
 
   def _heads(self, confidence):
     """(hidden f[B S D], head, target) -> log-probs, and squares or None."""
@@ -143,6 +130,48 @@ class Score:
 
     placed = self._place_head(run)
     return placed if confidence else lambda *args: (placed(*args), None)
+
+
+def hidden_states(
+  model: Any,
+  variables: Any,
+  batch: Batch,
+  at: jax.Array,
+  *,
+  router: bool = False,
+  dropout: Any = None,
+  skip_others: bool = True,
+) -> tuple[jax.Array, Router | None]:
+  """Hidden states of some tokens of a batch, from one pass over its rows.
+
+  Args:
+    model: see `Score`.
+    variables: of the model, spread.
+    batch: arrays as in `batch.Batch`.
+    at: i32[B S], index in the row; beyond the row for none.
+    router: also how experts were used, where there are any.
+    dropout: key for what adapters are not to see.
+    skip_others: other tokens do not meet the last layer's queries and MLP.
+
+  Returns:
+    f[B S D], and the use of experts or None.
+  """
+  inputs = batch.tokens, batch.positions, batch.key_start, batch.key_end
+  options = {} if dropout is None else {"rngs": {"dropout": dropout}}
+  routed = getattr(model, "router", False)
+  # How all tokens are routed may be asked for, in the last layer too, and
+  # policy and reference are to be one computation.
+  if skip_others and not routed:
+    return model.apply(variables, *inputs, queries=at, **options), None
+  used = None
+  if router and routed:
+    options["mutable"] = ["router"]
+    hidden, sown = model.apply(variables, *inputs, **options)
+    used = Router(**{name: x for name, (x,) in sown["router"].items()})
+  else:
+    hidden = model.apply(variables, *inputs, **options)
+  at = jnp.minimum(at, hidden.shape[1] - 1)[..., None]
+  return jnp.take_along_axis(hidden, at, axis=1), used
 
 
 def summed(

@@ -196,7 +196,7 @@ def loss_inputs(
   """Everything a loss can ask for, by name; arrays of shape [B M].
 
   Args:
-    policy: f32[B M K] each.
+    policy: f32[B M K] each; of a reward model its scores.
     reference: likewise, or None.
     batch: lengths, labels and weights; anything with these three will do.
     state: what the loss carries.
@@ -224,6 +224,8 @@ def loss_inputs(
     inputs[f"{model}_kl_logps"] = scores.logps[..., 1]
     for i, side in enumerate(sides):
       inputs[f"{model}_{side}_logps"] = scores.logps[..., i]
+      if model == "policy":  # a reward model, to a loss that reads its scores
+        inputs[f"{side}_scores"] = scores.logps[..., i]
       if scores.tails is not None:
         inputs[f"{model}_{side}_tail_logps"] = scores.tails[..., i]
   return {k: x for k, x in inputs.items() if k in losses.INPUTS}

@@ -21,6 +21,7 @@ from dpo_jax.errors import ConfigError
 
 Tree = dict[str, Any]
 _FIXED = re.compile(r"lora/.*/(scale|dropout)$")
+_ALWAYS = "params/score"  # a reward model's head, beside adapters too
 
 
 class Trainable:
@@ -30,8 +31,8 @@ class Trainable:
     """Decides what is trained, once.
 
     Args:
-      variables: `params`, and `lora` where adapters are trained instead;
-        arrays or shapes.
+      variables: `params`, and `lora` where adapters are trained instead, of
+        `params` then a reward model's head alone; arrays or shapes.
       freeze: pattern of what is not trained; "" freezes nothing.
       rates: pairs pattern=factor with blanks between, as in
         "embed=0.1 layers/[01]/=0.5": the learning rate of what matches is
@@ -46,7 +47,7 @@ class Trainable:
       path: _names(path, leaf.shape)
       for path, leaf in leaves.items()
       if not _FIXED.search(path)
-      and path.startswith("lora/") == ("lora" in variables)
+      and (path == _ALWAYS or path.startswith("lora/") == ("lora" in variables))
     }
     frozen = _search("optim.freeze", freeze, names) if freeze else {}
     self._trained = {

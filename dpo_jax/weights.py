@@ -1,5 +1,6 @@
 """The variables that a config starts from: read, or drawn by its seed."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ from dpo_jax.build import Built
 from dpo_jax.config import Config
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.models import hf, lora, peft, quantize
+from dpo_jax.models.decoder import init_score
 
 
 def load_policy(config: Config, built: Built) -> Any:
@@ -62,14 +64,34 @@ def _whole_variables(config, built, path, on_host) -> Any:
   if path:
     path = os.path.expanduser(path)
     _, shape = hf.read_config(path)
-    if shape != built.model.config:
+    wanted, names = built.model.config, built.family.HF_NAMES
+    if shape.scalar_head and not wanted.scalar_head:
+      raise CheckpointError(f"{path}: a reward model, and no language model")
+    headless = wanted.scalar_head and not shape.scalar_head
+    if dataclasses.replace(shape, scalar_head=wanted.scalar_head) != wanted:
       raise CheckpointError(
         f"{path}: a model of another config than {config.model.path}:"
-        f" {shape} there, {built.model.config} here"
+        f" {shape} there, {wanted} here"
       )
-    return hf.load_variables(path, built.family.HF_NAMES, abstract)
+    if headless:
+      return _with_new_head(config, path, names, abstract)
+    return hf.load_variables(path, names, abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _with_new_head(config, path, names, abstract) -> Any:
+  """A reward model's beginning: a language model's weights, without its
+  unembedding, and a scalar head drawn by the seed."""
+  params = dict(abstract["params"])
+  head = params.pop("score")
+  variables = hf.load_variables(path, names, {"params": params})
+  init = jax.jit(
+    lambda key: init_score(key, head.shape, head.dtype),
+    out_shardings=head.sharding,
+  )
+  variables["params"]["score"] = init(jax.random.key(config.seed))
+  return variables
 
 
 def same_path(one: str, other: str) -> bool:

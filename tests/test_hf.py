@@ -1,5 +1,6 @@
 """Checkpoints in and out, against logits that transformers computed."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -342,5 +343,7 @@ def test_every_weight_of_the_model_has_a_name_and_no_name_is_idle():
   every = llama.Config(
     24, 8, 12, 2, 4, 2, 2, attention_bias=True, mlp_bias=True
   )
-  ours = traverse.flatten_dict(abstract(every)["params"], sep="/")
+  ours = traverse.flatten_dict(abstract(every)["params"], sep="/").keys()
+  scored = dataclasses.replace(every, scalar_head=True)
+  ours |= traverse.flatten_dict(abstract(scored)["params"], sep="/").keys()
   assert sorted(ours) == sorted(llama.HF_NAMES)

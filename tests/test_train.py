@@ -318,7 +318,7 @@ def test_a_reference_that_is_copied_each_step_keeps_the_margin_at_0(
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"loss.name": "reward"}, ["'reward'", "reward model"]),
+    ({"loss.name": "reward"}, ["sample.prompts=2", "reward model"]),
     (
       {"loss.name": "orpo", "reference.sync_every": 2},
       ["sync_every", "'orpo' reads no reference"],

@@ -7,7 +7,8 @@ between layers and is no weight, a window or a rotary base, is chosen inside the
 scan.
 
 Variables: `params`, and `lora` where there are adapters (`lora.py`); applied
-without the latter it is the model without them.
+without the latter it is the model without them. A reward model has one vector,
+`params/score`, in place of the unembedding.
 """
 
 import functools
@@ -32,6 +33,7 @@ from dpo_jax.models.stack import open_stack, take_layer
 from dpo_jax.offload import fetched
 
 Cache = tuple[jax.Array, jax.Array]
+init_score = nn.initializers.normal(0.02)
 _EVERYTHING = -(2**30)  # the oldest position that a global layer sees
 
 
@@ -141,7 +143,9 @@ class Decoder(nn.Module):
       layers = self.param("layers", functools.partial(_init_layers, block))
     else:  # not as a parameter, whose shape is checked: they may be packed
       layers = self.variables["params"]["layers"]
-    if not c.tied:
+    if c.scalar_head:
+      self.param("score", init_score, (1, c.width), compute.param_dtype)
+    elif not c.tied:
       self.param(
         "unembed",
         nn.initializers.normal(0.02),
@@ -224,8 +228,8 @@ class Decoder(nn.Module):
     copy, dtype = self.compute.copy_weights, self.compute.dtype
     if copy is None:
       return variables
-    names = ("embed",) if self.config.tied else ("embed", "unembed")
     params = variables["params"]
+    names = [name for name in ("embed", "unembed") if name in params]
     copies = {name: copy(params[name], dtype) for name in names}
     return variables | {"copies": copies}
 
@@ -236,6 +240,12 @@ class Decoder(nn.Module):
     if "copies" in variables:
       return variables["copies"][name]
     return variables["params"][name].astype(self.compute.dtype)
+
+  @nn.nowrap
+  def score_head(self, variables: Any) -> jax.Array:
+    """What the hidden states of a reward model are multiplied by for its
+    scores, f32[D]; they are not rounded to the compute dtype."""
+    return variables["params"]["score"][0].astype(jnp.float32)
 
   @nn.nowrap
   def init_variables(self, rng: jax.Array) -> Any:

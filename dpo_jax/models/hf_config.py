@@ -11,6 +11,7 @@ from dpo_jax.models.decoder import Config
 from dpo_jax.models.rope import rope_from_hf, rope_scaling_to_hf
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+_SCORING = "ForSequenceClassification"
 
 
 class ExpertNames(NamedTuple):
@@ -42,6 +43,7 @@ def names(
   found = {
     "embed": "model.embed_tokens.weight",
     "unembed": "lm_head.weight",
+    "score": "score.weight",
     "norm/scale": "model.norm.weight",
   }
   for ours, theirs in norms.items():
@@ -84,10 +86,11 @@ def read(
     KeyError: no number of layers.
     ValueError: another architecture of this family, or quantised weights.
   """
+  known = architecture, _scoring(architecture)
   for found in hf.get("architectures") or [architecture]:
-    if found != architecture:
+    if found not in known:
       raise ValueError(
-        f"architecture {found!r} is not supported; known: {architecture}"
+        f"architecture {found!r} is not supported; known: {', '.join(known)}"
       )
   if hf.get("quantization_config"):
     raise ValueError("quantization_config: quantised weights are not supported")
@@ -98,6 +101,29 @@ def read(
   if hf.get("use_bidirectional_attention"):
     raise ValueError("use_bidirectional_attention is not supported")
   return hf
+
+
+def _scoring(architecture: str) -> str:
+  """What transformers calls the model with a scalar head."""
+  named = {"Gemma3ForCausalLM": "Gemma3TextForCausalLM"}
+  architecture = named.get(architecture, architecture)
+  return architecture.replace("ForCausalLM", _SCORING)
+
+
+def _has_scalar_head(hf: dict[str, Any]) -> bool:
+  """Whether a folder is of a reward model.
+
+  Raises:
+    ValueError: it is of a classifier.
+  """
+  if not any(x.endswith(_SCORING) for x in hf.get("architectures") or ()):
+    return False
+  labels = hf.get("id2label")
+  # transformers has no entry for two, and a number where nothing is named.
+  count = hf.get("num_labels", 2) if labels is None else len(labels)
+  if count != 1:
+    raise ValueError(f"{count!r} labels; a reward model has 1")
+  return True
 
 
 def shared_fields(
@@ -126,6 +152,7 @@ def shared_fields(
     "norm_epsilon": hf["rms_norm_eps"],
     "tied": hf["tie_word_embeddings"],
     "activation": activation,
+    "scalar_head": _has_scalar_head(hf),
   }
 
 
@@ -201,8 +228,14 @@ def write(
 ) -> dict[str, Any]:
   """The entries of `config.json` that every family has, in the style that
   transformers 4 and 5 both read."""
-  return {
-    "architectures": [architecture],
+  head = {"architectures": [architecture]}
+  if config.scalar_head:
+    head = {
+      "architectures": [_scoring(architecture)],
+      "id2label": {"0": "LABEL_0"},  # one, and a label's name is not read
+      "label2id": {"LABEL_0": 0},
+    }
+  return head | {
     "model_type": model_type,
     "vocab_size": config.vocab_size,
     "hidden_size": config.width,

@@ -51,6 +51,7 @@ class Config:
   experts_per_token: int = 2
   norm_topk: bool = True  # the chosen experts' weights add up to 1
   router_weight: float | None = 0.001  # of `moe.balance` in the loss
+  scalar_head: bool = False  # a score, no logits: a reward model
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
