@@ -5,7 +5,9 @@
 >>> loss = out.loss.mean()  # `reduce(out)["loss"].mean()` for any loss
 
 `make(name, **options)` gives the same by name, for configs and sweeps, and
-mixtures and modifiers of them; `describe()` prints all there are.
+mixtures and modifiers of them; `describe()` prints all there are. What learns
+from answers of its own (PPO, GRPO) works token by token and is not among them:
+`ppo_policy`, `ppo_value`, `grpo`, and the rewards and advantages they take.
 """
 
 from dpo_jax.losses.alphapo import alphapo
@@ -34,8 +36,11 @@ from dpo_jax.losses.divergences import DIVERGENCES, divergence_score
 from dpo_jax.losses.dpo import dpo
 from dpo_jax.losses.dpop import dpop
 from dpo_jax.losses.exo import exo
+from dpo_jax.losses.gae import gae, whiten
+from dpo_jax.losses.grpo import group_advantages, grpo, token_sums
 from dpo_jax.losses.hinge import hinge
 from dpo_jax.losses.ipo import ipo
+from dpo_jax.losses.kl import adapt, kl_estimate
 from dpo_jax.losses.kto import kto
 from dpo_jax.losses.ld import desensitize, tail_logps
 from dpo_jax.losses.loss import Loss, Term
@@ -43,6 +48,7 @@ from dpo_jax.losses.making import defaults, make, mix
 from dpo_jax.losses.nca import nca
 from dpo_jax.losses.orpo import log_odds, orpo
 from dpo_jax.losses.plackett_luce import plackett_luce
+from dpo_jax.losses.ppo import ppo_policy, ppo_value, shaped_rewards
 from dpo_jax.losses.r_dpo import r_dpo
 from dpo_jax.losses.registry import MODIFIERS, names, register
 from dpo_jax.losses.reward import reward
@@ -66,6 +72,7 @@ __all__ = [
   "Sums",
   "Term",
   "Weighted",
+  "adapt",
   "alphapo",
   "aot",
   "aot_unpaired",
@@ -86,8 +93,12 @@ __all__ = [
   "dpo",
   "dpop",
   "exo",
+  "gae",
+  "group_advantages",
+  "grpo",
   "hinge",
   "ipo",
+  "kl_estimate",
   "kto",
   "log_odds",
   "make",
@@ -98,20 +109,25 @@ __all__ = [
   "orpo",
   "pair_metrics",
   "plackett_luce",
+  "ppo_policy",
+  "ppo_value",
   "r_dpo",
   "reduce",
   "register",
   "reward",
   "robust",
   "sft",
+  "shaped_rewards",
   "sigmoid_norm",
   "simpo",
   "slic",
   "sppo",
   "table",
   "tail_logps",
+  "token_sums",
   "tpo",
   "tpo_l",
   "unpaired_metrics",
+  "whiten",
   "wpo_weights",
 ]

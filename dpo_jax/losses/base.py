@@ -146,9 +146,19 @@ def tame_expm1(x: jax.Array) -> jax.Array:
 
   So large a number and its gradient stay finite, and so do their squares.
   """
+  near, far = _near_and_far(x)
+  return jnp.expm1(near) + far
+
+
+def tame_exp(x: jax.Array) -> jax.Array:
+  """exp(x) likewise, as exact where it is small."""
+  near, far = _near_and_far(x)
+  return jnp.exp(near) + far
+
+
+def _near_and_far(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   largest = 300.0 if x.dtype == jnp.float64 else 30.0
-  far = jax.nn.relu(x - largest)
-  return jnp.expm1(jnp.minimum(x, largest)) + math.exp(largest) * far
+  return jnp.minimum(x, largest), math.exp(largest) * jax.nn.relu(x - largest)
 
 
 def mean_logps(logps: jax.Array, lengths: jax.Array) -> jax.Array:
