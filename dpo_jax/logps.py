@@ -18,7 +18,7 @@ def token_logps(
   *,
   tile: int = 1024,
   cap: float | None = None,
-  unit: int = 1,
+  slack: int = 0,
 ) -> jax.Array:
   """log softmax(hidden @ head.T)[target], tile by tile.
 
@@ -29,13 +29,13 @@ def token_logps(
     tile: rows of logits alive at once; each is computed over the whole
       vocabulary in one product, so memory is `tile * V` floats.
     cap: logits become `cap * tanh(logits / cap)`; `None`: stay.
-    unit: see `tiling`.
+    slack: see `tiling`.
 
   Returns:
     f32[N]. Products accumulate in float32 and the log-sum-exp is float32,
     whatever dtype comes in.
   """
-  return _by_tiles(hidden, head, targets, tile, False, cap, unit)[0]
+  return _by_tiles(hidden, head, targets, tile, False, cap, slack)[0]
 
 
 def token_logps_and_squares(
@@ -45,28 +45,27 @@ def token_logps_and_squares(
   *,
   tile: int = 1024,
   cap: float | None = None,
-  unit: int = 1,
+  slack: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """`token_logps`, and log sum_v p(v)^2 at the same places, from one pass.
 
   Returns:
     f32[N] each; no gradient flows through the second.
   """
-  return _by_tiles(hidden, head, targets, tile, True, cap, unit)
+  return _by_tiles(hidden, head, targets, tile, True, cap, slack)
 
 
-def tiling(rows: int, tile: int, unit: int = 1) -> tuple[int, int]:
-  """Number and size of equal tiles of at most `tile` rows, whole units each
-  where a unit fits."""
-  unit = unit if unit <= tile else 1
-  units = -(-rows // unit)
-  tiles = -(-units // (tile // unit))
-  return tiles, -(-units // tiles) * unit
+def tiling(rows: int, tile: int, slack: int = 0) -> tuple[int, int]:
+  """Number and size of equal tiles of at most `tile` rows; if several, each
+  larger than it must be by up to `slack` rows."""
+  tiles = -(-rows // tile)
+  size = -(-rows // tiles)
+  return tiles, size if tiles == 1 else min(tile, size + slack)
 
 
-def _by_tiles(hidden, head, targets, tile, squares, cap, unit):
+def _by_tiles(hidden, head, targets, tile, squares, cap, slack):
   rows = hidden.shape[0]
-  tiles, tile = tiling(rows, tile, unit)
+  tiles, tile = tiling(rows, tile, slack)
   pad = tiles * tile - rows
   hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(tiles, tile, -1)
   targets = jnp.pad(targets, (0, pad)).reshape(tiles, tile)

@@ -5,9 +5,12 @@ stands alone, it is known as soon as its own tokens are scored, so the gradient
 is taken while their logits are still there: three products with the head
 instead of four, two where it is frozen, and nothing of the vocabulary's size is
 kept but the gradient.
+
+A tile begins and ends with an example, so how many there are depends on the
+batch. An example that no tile holds is scored first, and its logits are
+computed again.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,11 +44,12 @@ def one_sweep(
   """The objective as a function of hidden states and head.
 
   Args:
-    objective: a sum over examples, each by itself.
+    objective: a sum over examples, each by itself. Called with some of them as
+      a row of their own; of their batch it may read `lengths`, `weights` and
+      `desirable`.
     summed: (token log-probs f32[B S], rows of the batch, squares f32[B S] or
-      None) -> scores.
-    tile: most scored tokens whose logits are alive at once, whole rows; at
-      least the S of a row.
+      None) -> scores; of the batch it may read `slot` and `lengths`.
+    tile: most scored tokens whose logits are alive at once.
     cap: see `logps.token_logps`.
     confidence: also hands `squares` over.
 
@@ -55,44 +59,97 @@ def one_sweep(
   """
 
   def sweep(hidden, head, given, by_hidden, by_head):
-    rows, scored, width = hidden.shape
-    tiles, size = logps.tiling(rows * scored, tile, scored)
-    split = _splitter(tiles, size // scored, rows)
-    nowhere = math.prod(given.batch.lengths.shape[1:])
-    # Zeros, which fill up the last tile, are to be nowhere.
-    batch = given.batch._replace(slot=given.batch.slot - nowhere)
-    parts = jax.tree.map(split, (hidden, (batch, given.reference)))
+    shape = hidden.shape
+    packed = _Packed(given, shape[1], tile)
+    size = packed.size
+    hidden = packed.flat(hidden)
+    targets = packed.flat(given.batch.target)
 
-    def one_tile(dhead, part):
-      h, (batch, reference) = part
-      h = h.reshape(-1, width)
-      batch = batch._replace(slot=batch.slot + nowhere)
-      target = batch.target.reshape(-1)
-      logits, lse, values = logps.score_tile(h, head, target, cap, confidence)
-      tokens, *squares = (x.reshape(-1, scored) for x in values)
+    def score(at):
+      h = jax.lax.dynamic_slice_in_dim(hidden, at, size)
+      y = jax.lax.dynamic_slice_in_dim(targets, at, size)
+      logits, lse, values = logps.score_tile(h, head, y, cap, confidence)
+      return values, (h, y, logits, lse)
+
+    def judge(begin, first, stop, values):
+      """Sums of some examples, and their gradient by token log-probs f32[N]."""
+      batch, reference = packed.part(begin, first, stop, values[0].shape[0])
+      tokens, *squares = (x[None] for x in values)
 
       def total(tokens):
         scores = summed(tokens, batch, squares[0] if squares else None)
         return objective(scores, reference, batch, given.everywhere)
 
       if not (by_hidden or by_head):
-        return dhead, (*total(tokens), None)
-      out, pull_back, sums = jax.vjp(total, tokens, has_aux=True)
-      (g,) = pull_back(jnp.ones_like(out))
-      dlogits = logps.by_logits(
-        logits, lse, target, g.reshape(-1), cap, h.dtype
-      )
-      dh = logps.by_hidden(dlogits, head) if by_hidden else None
-      if by_head:
-        dhead += logps.by_head(dlogits, h)
-      return dhead, (out, sums, dh)
+        return total(tokens), None
+      out, pull_back, more = jax.vjp(total, tokens, has_aux=True)
+      return (out, more), pull_back(jnp.ones_like(out))[0][0]
 
-    start = jnp.zeros(head.shape if by_head else (), jnp.float32)
-    dhead, (out, sums, dh) = jax.lax.scan(one_tile, start, parts)
-    out, sums = jax.tree.map(lambda x: x.sum(axis=0), (out, sums))
-    if dh is not None:
-      dh = dh.reshape(-1, scored, width)[:rows]
-    return (out, sums), (dh, dhead.astype(head.dtype) if by_head else None)
+    def pull_back(at, scored, g, dhidden, dhead):
+      h, y, logits, lse = scored
+      dlogits = logps.by_logits(logits, lse, y, g, cap, h.dtype)
+      if by_hidden:  # 0 for what lies beyond these examples
+        new = logps.by_hidden(dlogits, head)
+        new += jax.lax.dynamic_slice_in_dim(dhidden, at, size)
+        dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, new, at, axis=0)
+      return dhidden, dhead + logps.by_head(dlogits, h) if by_head else dhead
+
+    def in_a_tile(first, sums, gradients):
+      begin, stop = packed.group(first)
+      values, scored = score(begin)
+      more, g = judge(begin, first, stop, values)
+      if g is not None:
+        gradients = pull_back(begin, scored, g, *gradients)
+      return stop, jax.tree.map(jnp.add, sums, more), gradients
+
+    def in_many(i, carry):
+      sums, gradients = carry
+      first = packed.longest[i]
+      begin, tiles = packed.starts[first], packed.tiles(first)
+
+      def fill(j, values):
+        new, _ = score(begin + j * size)
+        return jax.tree.map(
+          lambda x, y: jax.lax.dynamic_update_slice(x, y, (j * size,)),
+          values, new,
+        )  # fmt: skip
+
+      values = (jnp.zeros(packed.room, jnp.float32),) * (1 + confidence)
+      values = jax.lax.fori_loop(0, tiles, fill, values)
+      more, g = judge(begin, first, first + 1, values)
+      if g is not None:
+
+        def again(j, gradients):
+          at = begin + j * size
+          mine = jax.lax.dynamic_slice_in_dim(g, j * size, size)
+          return pull_back(at, score(at)[1], mine, *gradients)
+
+        gradients = jax.lax.fori_loop(0, tiles, again, gradients)
+      return jax.tree.map(jnp.add, sums, more), gradients
+
+    gradients = (
+      jnp.zeros_like(hidden) if by_hidden else None,
+      jnp.zeros(head.shape, jnp.float32) if by_head else None,
+    )
+    none = jnp.zeros(size, jnp.float32)
+    sums = jax.eval_shape(judge, 0, 0, 0, (none,) * (1 + confidence))[0]
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    if packed.one:
+      _, sums, gradients = in_a_tile(0, sums, gradients)
+    else:
+      _, sums, gradients = jax.lax.while_loop(
+        lambda state: packed.left(state[0]),
+        lambda state: in_a_tile(packed.next(state[0]), *state[1:]),
+        (jnp.int32(0), sums, gradients),
+      )
+      if packed.room > size:
+        sums, gradients = jax.lax.fori_loop(
+          0, packed.long.sum(), in_many, (sums, gradients)
+        )
+    dhidden, dhead = gradients
+    if by_hidden:
+      dhidden = dhidden[: shape[0] * shape[1]].reshape(shape)
+    return sums, (dhidden, dhead.astype(head.dtype) if by_head else None)
 
   @jax.custom_vjp
   def run(hidden, head, given):
@@ -112,16 +169,96 @@ def one_sweep(
   return run
 
 
+def slack(batch: Batch) -> int:
+  """By how much tiles are larger, so that examples that end in one leave no
+  need for more of them: scored tokens of an example, on average."""
+  return batch.target.shape[1] // batch.lengths.shape[1]
+
+
 def _is_primal(x):
   return hasattr(x, "perturbed")
 
 
-def _splitter(tiles, rows_a_tile, rows):
-  """[B ...] -> [tiles, rows a tile, ...], zeros behind the last."""
+class _Packed:
+  """The scored tokens of all rows end to end, i32[N], and where the examples,
+  i32[E], lie in them: side by side in a row, padding behind."""
 
-  def split(x):
-    short = tiles * rows_a_tile - rows
-    x = jnp.pad(x, ((0, short),) + ((0, 0),) * (x.ndim - 1))
-    return x.reshape(tiles, rows_a_tile, *x.shape[1:])
+  def __init__(self, given: Given, scored: int, tile: int):
+    lengths = given.batch.lengths  # i32[B M K]
+    rows, places, self._branches = lengths.shape
+    self._given, self._scored = given, scored
+    self.size = logps.tiling(rows * scored, tile, slack(given.batch))[1]
+    self.one = rows * scored <= self.size
+    # Tokens that the longest example may have, in whole tiles.
+    self.room = -(-scored // self.size) * self.size
+    self._behind = 0 if self.one else self.room
+    # Examples of one tile: twice what it has if all are alike.
+    examples = rows * places
+    share = -(-examples * self.size // (rows * scored))
+    self._some = examples if self.one else min(examples, max(8, 2 * share))
+    tokens = lengths.sum(axis=2)
+    ends = jnp.cumsum(tokens, axis=1) + scored * jnp.arange(rows)[:, None]
+    self.ends = ends.reshape(-1)
+    tokens = tokens.reshape(-1)
+    self.starts = self.ends - tokens
+    self.long = tokens > self.size
+    self.longest = jnp.argsort(~self.long)  # those first
+    self.short = (tokens > 0) & ~self.long
+    self._index = jnp.arange(examples)
+    slot, slots = given.batch.slot, places * self._branches
+    slot = jnp.where(slot < slots, slot + slots * jnp.arange(rows)[:, None], -1)
+    self._slot = self.flat(slot)
 
-  return split
+  def flat(self, x: jax.Array) -> jax.Array:
+    """[B S ...] -> [N ...], and room for a slice that begins anywhere."""
+    x = x.reshape(-1, *x.shape[2:])
+    return jnp.pad(x, ((0, self._behind),) + ((0, 0),) * (x.ndim - 1))
+
+  def left(self, first: Any) -> jax.Array:
+    """Whether a tile holds any example from `first` on."""
+    return (self.short & (self._index >= first)).any()
+
+  def next(self, first: Any) -> jax.Array:
+    """The next of these."""
+    return jnp.argmax(self.short & (self._index >= first))
+
+  def group(self, first: Any) -> tuple[jax.Array, jax.Array]:
+    """Its first token, and the example behind the last that the same tile
+    holds."""
+    begin = self.starts[first]
+    over = (self.ends > begin + self.size) | self.long
+    over |= self._index >= first + self._some
+    over &= self._index > first
+    stop = jnp.where(over.any(), jnp.argmax(over), len(self._index))
+    return begin, stop
+
+  def tiles(self, example: Any) -> jax.Array:
+    tokens = self.ends[example] - self.starts[example]
+    return -(-tokens // self.size)
+
+  def part(
+    self, begin: Any, first: Any, stop: Any, room: int
+  ) -> tuple[Batch, Scores | None]:
+    """The examples [first, stop), as a row whose scored tokens are those from
+    `begin` on, and what the reference says of them."""
+    at = jnp.minimum(first, len(self._index) - self._some)
+    index = at + jnp.arange(self._some)
+    here = (index >= first) & (index < stop)
+
+    def some(x):
+      x = x.reshape(-1, *x.shape[2:])
+      return jax.lax.dynamic_slice_in_dim(x, at, self._some)[None]
+
+    slot = jax.lax.dynamic_slice_in_dim(self._slot, begin, room)
+    slot -= at * self._branches
+    nowhere = self._some * self._branches
+    mine = begin + jnp.arange(room) < self.ends[stop - 1]
+    mine &= (slot >= 0) & (slot < nowhere)
+    batch, reference = self._given[:2]
+    part = Batch(*(None,) * len(Batch._fields))._replace(
+      slot=jnp.where(mine, slot, nowhere)[None],
+      lengths=some(batch.lengths),
+      weights=jnp.where(here, some(batch.weights), 0.0),
+      desirable=some(batch.desirable),
+    )
+    return part, jax.tree.map(some, reference)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dpo_jax import logps
 from dpo_jax.batch import Batch, Router, Scores
-from dpo_jax.one_sweep import Given, Objective, one_sweep
+from dpo_jax.one_sweep import Given, Objective, one_sweep, slack
 
 Place = Callable[[Any], Any]
 
@@ -73,13 +73,18 @@ class Score:
       `Scores` f32[B M K]; 0 for a response that is not there.
     """
     hidden, head, used = self._hidden(variables, batch, router, dropout)
-    tokens, squares = self._heads(confidence)(hidden, head, batch.target)
+    heads = self._heads(confidence, slack(batch))
+    tokens, squares = heads(hidden, head, batch.target)
     scores = summed(tokens, batch, tails=tails, squares=squares)
     return scores._replace(router=used)
 
   def sweeps(self, batch: Batch) -> bool:
-    """Whether `objective` can be had: whole rows of logits are to fit."""
-    return self._place_sweep is not None and batch.target.shape[1] <= self._tile
+    """Whether `objective` is to be had: whether it saves more than tiles that
+    end with an example waste, half an example each."""
+    rows, places, _ = batch.lengths.shape
+    scored = batch.target.shape[1]
+    fits = rows * scored <= self._tile or scored <= self._tile // 3 * places
+    return self._place_sweep is not None and fits
 
   def objective(
     self,
@@ -114,7 +119,7 @@ class Score:
     )  # fmt: skip
     return hidden, self._model.unembed(variables), used
 
-  def _heads(self, confidence):
+  def _heads(self, confidence, slack):
     """(hidden f[B S D], head, target) -> log-probs, and squares or None."""
     function = logps.token_logps
     if confidence:
@@ -124,7 +129,7 @@ class Score:
       found = function(
         hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1),
         # Tiles as in the one sweep, so that numbers are equal to the last bit.
-        tile=self._tile, cap=self._cap, unit=target.shape[1],
+        tile=self._tile, cap=self._cap, slack=slack,
       )  # fmt: skip
       return jax.tree.map(lambda x: x.reshape(target.shape), found)
 

@@ -19,17 +19,27 @@ from test_train_step import (
 )
 
 from dpo_jax import logps, score
-from dpo_jax.one_sweep import Given, one_sweep
+from dpo_jax.one_sweep import Given, _Packed, one_sweep
 from dpo_jax.score import Score
 
 ALONE = [name for name, loss in LOSSES.items() if not loss.batch_coupled]
 TWICE = functools.partial(Score, place_sweep=None)  # scores, then gradients
 
 
-# Tiles of one row, of two with the last part-filled (7 = 3 * 3 - 2), and of
-# all rows.
-@pytest.mark.parametrize("tile", [32, 100, 1024])
-@pytest.mark.parametrize("name", ALONE)
+class Once(Score):
+  """Also where it does not pay."""
+
+  def sweeps(self, batch):
+    return True
+
+
+# Pairs have 2 to 10 scored tokens, seven rows hold 13 of them. Tiles that hold
+# none but the shortest, some, many, those of several rows, and all.
+TILES = [(name, 8) for name in ALONE]
+TILES += [(name, n) for name in ("ld_wpo", "tpo") for n in (3, 33, 100, 1024)]
+
+
+@pytest.mark.parametrize(("name", "tile"), TILES)
 def test_a_step_gives_the_numbers_of_scoring_first(name, tile):
   loss, reference = LOSSES[name], make_params(1)
   batch = jax.tree.map(lambda x: x[:7], make_batch(loss.kind))
@@ -38,7 +48,7 @@ def test_a_step_gives_the_numbers_of_scoring_first(name, tile):
     quick_jit(make_step(loss, score=kind(Toy(), tile=tile)))(
       state, reference, batch
     )
-    for kind in (Score, TWICE)
+    for kind in (Once, TWICE)
   )
   assert_same(once, twice, 2e-6)
   assert once[1]["grad_norm"].total > 1e-3
@@ -85,8 +95,8 @@ def test_three_products_with_the_head_and_two_where_it_is_frozen():
   assert head_products((False, False)) == 1
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_gradients_are_those_of_the_tiled_log_probs(cap):
+@pytest.mark.parametrize(("cap", "tile"), [(None, 64), (3.0, 64), (3.0, 5)])
+def test_gradients_are_those_of_the_tiled_log_probs(cap, tile):
   params, batch = make_params(0), make_batch()
 
   def in_two(objective):
@@ -99,7 +109,7 @@ def test_gradients_are_those_of_the_tiled_log_probs(cap):
 
     return run
 
-  in_one = functools.partial(one_sweep, summed=summed, tile=64, cap=cap)
+  in_one = functools.partial(one_sweep, summed=summed, tile=tile, cap=cap)
   once, twice = (
     quick_jit(functools.partial(swept, kind, moves=(True, True)))(params, batch)
     for kind in (in_one, in_two)
@@ -108,8 +118,36 @@ def test_gradients_are_those_of_the_tiled_log_probs(cap):
   assert np.abs(once[0][1]).max() > 1e-2
 
 
-def test_rows_longer_than_a_tile_are_scored_first():
+def test_examples_that_fill_much_of_a_tile_are_scored_first():
+  batch = make_batch()  # three places and 32 scored tokens a row
+  assert Score(Toy(), tile=33).sweeps(batch)
+  assert not Score(Toy(), tile=32).sweeps(batch)
+  assert not TWICE(Toy(), tile=33).sweeps(batch)
+  one = jax.tree.map(lambda x: x[:1], batch)
+  assert Score(Toy(), tile=32).sweeps(one)  # a tile holds all
+
+
+def test_a_tile_ends_where_an_example_would_not_fit():
+  """Every example once, none in two tiles, as many in one as there is room."""
   batch = make_batch()
-  assert Score(Toy(), tile=32).sweeps(batch)
-  assert not Score(Toy(), tile=31).sweeps(batch)
-  assert not TWICE(Toy(), tile=32).sweeps(batch)
+  tokens = batch.lengths.sum(axis=2)
+  packed = _Packed(Given(batch, None, None), 32, 25)
+  assert packed.size == 25
+  seen, first = [], 0
+  while packed.left(first):
+    first = int(packed.next(first))
+    begin, stop = packed.group(first)
+    part, _ = packed.part(begin, first, stop, packed.size)
+    mine = np.arange(first, int(stop))
+    assert int(part.weights.sum()) == (tokens.reshape(-1)[mine] > 0).sum()
+    slots = np.bincount(part.slot[0], minlength=2 * part.weights.size + 1)
+    here = np.asarray(part.weights[0] > 0).repeat(2)
+    expected = np.asarray(part.lengths).reshape(-1) * here
+    np.testing.assert_array_equal(slots[:-1], expected)
+    end = int(packed.ends[stop - 1])
+    assert end - begin <= packed.size
+    later = [e for e in range(int(stop), tokens.size) if packed.short[e]]
+    assert not later or packed.ends[later[0]] - begin > packed.size
+    seen += [e for e in mine if tokens.reshape(-1)[e]]
+    first = int(stop)
+  assert seen == list(np.flatnonzero(tokens))
