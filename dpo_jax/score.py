@@ -83,7 +83,7 @@ class Score:
     end with an example waste, half an example each."""
     rows, places, _ = batch.lengths.shape
     scored = batch.target.shape[1]
-    fits = rows * scored <= self._tile or scored <= self._tile // 3 * places
+    fits = rows * scored <= self._tile or scored <= self._tile // 2 * places
     return self._place_sweep is not None and fits
 
   def objective(
