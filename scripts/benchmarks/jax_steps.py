@@ -5,22 +5,22 @@ ready, and after every step with the loss before that step's update.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from benchmarks.problem import Problem, state_and_reference
+from benchmarks.plan import plan
+from benchmarks.problem import Problem
 from dpo_jax import losses, optim
-from dpo_jax.data.pack import token_cost
-from dpo_jax.data.plan import Plan
-from dpo_jax.data.store import Examples
-from dpo_jax.models import llama
+from dpo_jax.models import hf, llama
+from dpo_jax.models import lora as lora_layers
 from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.trainable import Trainable
 
 Pause = Callable[[dict[str, Any]], None]
 
@@ -29,101 +29,142 @@ def ours(
   problem: Problem,
   path: str,
   pause: Pause,
-  attention: str = "blockwise",
+  attention: str = "auto",
   precomputed: bool = False,
+  remat: str = "none",
   **options: Any,
 ) -> None:
   """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs; `options`
   are those of `Score`."""
-  compute = llama.Compute(attention=attention)
-  score = Score(llama.Model(problem.model_config(), compute), **options)
+  model = problem.model(attention=attention, remat=remat)
+  score = Score(model, tile=problem.head_tile, **options)
+  tx = _optimizer(problem)
   step = functools.partial(
     train_step,
     score=score,
     loss=losses.make("dpo", beta=problem.beta),
-    tx=_optimizer(problem),
+    tx=tx,
   )
-  batch = jax.tree.map(jnp.asarray, _plan(problem)[0].batch)
+  planned = plan(problem)
+  batches = [
+    jax.tree.map(jnp.asarray, planned[i].batch) for i in range(len(planned))
+  ]
+  state, reference, frozen = _start(problem, path, tx)
   if precomputed:
-    _, reference = state_and_reference(problem, path, _optimizer(problem))
-    batch = batch._replace(reference=jax.jit(score)(reference, batch))
-  _run(problem, path, pause, step, batch)
+    scored = jax.jit(score)
+    batches = [b._replace(reference=scored(reference, b)) for b in batches]
+    reference = None
+  _run(pause, step, state, reference, batches, frozen)
 
 
 def concat(
   problem: Problem, path: str, pause: Pause, attention: str = "dense"
 ) -> None:
   """The same model and weights the common way: chosen and rejected stacked on
-  the batch axis, plain causal attention, float32 logits of every position;
-  the reference's forward in the same program."""
-  compute = llama.Compute(attention=attention)
-  model = llama.Model(problem.model_config(), compute)
+  the batch axis and padded, plain causal attention, float32 logits of every
+  position; the reference's forward in the same program."""
+  if problem.lora:
+    raise ValueError("concat has no adapters")
+  model = problem.model(attention=attention)
   tx = _optimizer(problem)
 
-  def logps(variables, tokens):
-    rows, length = tokens.shape
-    index = jnp.broadcast_to(jnp.arange(length), (rows, length))
+  def logps(variables, batch):
+    tokens, prompts, ends = batch
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model.apply(variables, tokens, index, index * 0, index + 1)
     head = model.unembed(variables)
     logits = jnp.einsum("btd,vd->btv", hidden, head)
     logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     logps = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
-    scored = index[:, 1:] >= problem.prompt
+    target = index[:, 1:]
+    scored = (target >= prompts[:, None]) & (target < ends[:, None])
     chosen, rejected = jnp.split((logps * scored).sum(axis=-1), 2)
     return chosen, rejected
 
-  def step(state, reference, tokens):
-    known = logps(reference, tokens)
+  def step(state, reference, batch, _):
+    known = logps(reference, batch)
 
     def objective(params):
-      out = losses.dpo(*logps(params, tokens), *known, beta=problem.beta)
-      return out.loss.mean()
+      policy = logps(params, batch)
+      out = losses.dpo(*policy, *known, beta=problem.beta)
+      return out.loss.mean(), policy[0].mean()
 
-    loss, grads = jax.value_and_grad(objective)(state.params)
+    (loss, chosen), grads = jax.value_and_grad(objective, has_aux=True)(
+      state.params
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, opt_state, state.skipped)
-    return state, {"loss": losses.Sums(loss, jnp.float32(1))}
+    found = {"loss": loss, "logps/chosen": chosen}
+    return state, {k: losses.Sums(x, jnp.float32(1)) for k, x in found.items()}
 
-  prompts, chosen, rejected = problem.draw()
-  tokens = np.concatenate([np.tile(prompts, (2, 1)), [*chosen, *rejected]], 1)
-  _run(problem, path, pause, step, jnp.asarray(tokens))
+  batches = [jax.tree.map(jnp.asarray, batch) for batch in problem.padded()]
+  state, reference, _ = _start(problem, path, tx)
+  _run(pause, step, state, reference, batches, None)
 
 
-def _run(problem, path, pause, step, batch):
-  state, reference = state_and_reference(problem, path, _optimizer(problem))
-  compiled = jax.jit(step, donate_argnums=0)
-  compiled = compiled.lower(state, reference, batch).compile()
-  pause({"temp_bytes": compiled.memory_analysis().temp_size_in_bytes})
-  while True:
-    state, sums = compiled(state, reference, batch)
-    loss = float(sums["loss"].mean())
-    jax.block_until_ready(state)
-    pause({"loss": loss})
+def _run(pause, step, state, reference, batches, frozen):
+  step, compiled = jax.jit(step, donate_argnums=0), {}
+  for batch in batches:
+    shape = jax.tree.map(jnp.shape, batch)
+    if str(shape) not in compiled:
+      lowered = step.lower(state, reference, batch, frozen)
+      compiled[str(shape)] = lowered.compile()
+  memory = [x.memory_analysis() for x in compiled.values()]
+  memory = [m for m in memory if m is not None]
+  pause({
+    "device": jax.devices()[0].device_kind,
+    "temp_bytes": max((m.temp_size_in_bytes for m in memory), default=None),
+    "planned_bytes": max(map(_planned, memory), default=None),
+    "shapes": len(compiled),
+  })  # fmt: skip
+  for batch in itertools.cycle(batches):
+    run = compiled[str(jax.tree.map(jnp.shape, batch))]
+    state, sums = run(state, reference, batch, frozen)
+    jax.block_until_ready((state, sums))
+    stats = jax.devices()[0].memory_stats() or {}
+    pause({
+      "loss": float(sums["loss"].mean()),
+      "logps": float(sums["logps/chosen"].mean()),
+      "device_peak": stats.get("peak_bytes_in_use"),
+    })  # fmt: skip
+
+
+def _planned(m):
+  """Bytes that the program is planned to hold: arguments, results, between."""
+  return (
+    m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+  ) - m.alias_size_in_bytes
 
 
 def _optimizer(problem):
   return optim.make(optax.constant_schedule(problem.learning_rate))
 
 
-def _plan(problem: Problem) -> Plan:
-  prompts, chosen, rejected = problem.draw()
-  n = problem.pairs
-  length = problem.prompt + 2 * problem.response
-  tokens = np.concatenate([prompts, chosen, rejected], axis=1).reshape(-1)
-  examples = Examples(
-    tokens=tokens,
-    offsets=np.arange(n + 1) * length,
-    prompt_lengths=np.full(n, problem.prompt, np.int32),
-    lengths=np.full((n, 2), problem.response, np.int32),
-    desirable=np.ones(n, bool),
-    rows=np.arange(n),
-    subsets=np.zeros(n, np.int32),
-    subset_names=("random",),
-    kind="paired",
-    format="random",
-    report={},
-    fingerprint=repr(problem),
-  )
-  assert token_cost(problem.prompt, problem.response, problem.response) < length
-  return Plan(examples, batch_size=n, shuffle=False)
+def _start(problem: Problem, path: str, tx):
+  """TrainState, reference and frozen variables; of the weights in the folder,
+  or without one drawn as `Problem.save_weights` draws them."""
+  model = problem.model()
+  abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
+  init = jax.jit(model.init_variables)
+
+  def weights():
+    if not path:
+      return init(jax.random.key(problem.seed))
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract
+    )
+    return hf.load_variables(path, llama.HF_NAMES, shapes)
+
+  variables, zero = weights(), jnp.int32(0)
+  if not problem.lora:
+    state = TrainState(zero, variables, tx.init(variables), zero + 0)
+    return state, weights(), None
+  # What is trained is small, so nothing is read twice.
+  adapters = lora_layers.Lora(problem.lora)
+  variables["lora"] = jax.jit(
+    lambda key: lora_layers.init(key, abstract["params"], adapters)
+  )(jax.random.key(problem.seed + 1))
+  trained, frozen = Trainable(variables).split(variables)
+  state = TrainState(zero, trained, tx.init(trained), zero + 0)
+  return state, {"params": frozen["params"]}, frozen

@@ -1,53 +1,114 @@
-"""The problem all variants solve: one model, one batch of pairs, one step.
+"""The problem all variants solve: one model, some batches of pairs, one step.
 
 Letters: B pairs, P prompt tokens, R response tokens, D width, F ffn, L layers,
 H heads, V vocabulary.
 """
 
 import dataclasses
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+ROPE_THETA = 1_000_000.0  # Tunix's, which it does not read from a config
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen, rejected
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Sizes and settings; every response has R tokens, so nothing is padded."""
+  """Sizes and settings. Without `lengths` every prompt has P tokens and every
+  response R, so nothing is padded."""
 
-  pairs: int = 4
+  pairs: int = 4  # a batch
+  batches: int = 1  # that steps take in turn
   prompt: int = 512
   response: int = 128
   width: int = 256
   layers: int = 4
   heads: int = 8
+  kv_heads: int = 0  # 0: as many as heads
   ffn: int = 704
   vocab: int = 32_000
+  tied: bool = False
+  dtype: str = "float32"  # of weights and activations
+  lora: int = 0  # rank of adapters on all projections; 0 trains everything
+  head_tile: int = 1024  # scored tokens whose logits are alive at once, of ours
   beta: float = 0.1
   learning_rate: float = 1e-5
   seed: int = 0
+  distribution: str = "fixed"  # what the lengths were drawn from
+  # Tokens of prompt, chosen and rejected response, of all pairs in order.
+  lengths: tuple[tuple[int, int, int], ...] = ()
+
+  def __post_init__(self):
+    fixed = ((self.prompt, self.response, self.response),)
+    lengths = self.lengths or fixed * (self.pairs * self.batches)
+    lengths = tuple(tuple(int(n) for n in of_pair) for of_pair in lengths)
+    if len(lengths) != self.pairs * self.batches:
+      raise ValueError(
+        f"lengths of {len(lengths)} pairs, for {self.batches} batches of"
+        f" {self.pairs}"
+      )
+    object.__setattr__(self, "lengths", lengths)
 
   @property
   def name(self) -> str:
+    sizes = f"P={self.prompt} R={self.response}"
+    if self.distribution != "fixed":
+      prompts, *responses = np.array(self.lengths).T
+      sizes = (
+        f"{self.distribution} lengths (prompts {prompts.mean():.0f} on average,"
+        f" responses {np.mean(responses):.0f}, longest {self.longest})"
+      )
+    batches = f" in {self.batches} batches" if self.batches > 1 else ""
     return (
-      f"P={self.prompt} R={self.response} B={self.pairs} D={self.width}"
-      f" H={self.heads} F={self.ffn} L={self.layers} V={self.vocab}"
+      f"{sizes} B={self.pairs}{batches} D={self.width} H={self.heads}"
+      f"{f'/{self.kv_heads}' if self.kv_heads else ''} F={self.ffn}"
+      f" L={self.layers} V={self.vocab}{' tied' if self.tied else ''}"
+      f"{f' LoRA {self.lora}' if self.lora else ''} {self.dtype}"
     )
 
   @property
-  def tokens(self) -> int:
-    """Real tokens of a batch, a prompt counted once for its pair."""
-    return self.pairs * (self.prompt + 2 * self.response)
+  def tokens(self) -> float:
+    """Real tokens of a batch on average, a prompt counted once for its pair."""
+    return float(np.sum(self.lengths)) / self.batches
 
-  def draw(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids: prompts i32[B P], chosen i32[B R], rejected i32[B R]."""
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest prompt with a response."""
+    return max(p + max(responses) for p, *responses in self.lengths)
+
+  def draw(self) -> list[list[Pair]]:
+    """Token ids i32[...] of every batch; 0, which may pad, is not among them.
+    The same in every process."""
     rng = np.random.default_rng(self.seed)
-    sizes = (self.prompt, self.response, self.response)
-    return tuple(
-      rng.integers(1, self.vocab, (self.pairs, n), np.int32) for n in sizes
-    )
+    pairs = [
+      tuple(rng.integers(1, self.vocab, n, np.int32) for n in of_pair)
+      for of_pair in self.lengths
+    ]
+    n = self.pairs
+    return [pairs[i : i + n] for i in range(0, len(pairs), n)]
 
-  def model_config(self):
+  def padded(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Every batch the common way: chosen sequences, then rejected ones, padded
+    on the right to the longest of the batch.
+
+    Returns:
+      Of each: tokens i32[2B T], tokens of the prompts i32[2B], and of prompt
+      and response together i32[2B].
+    """
+    found = []
+    for batch in self.draw():
+      rows = [np.concatenate([p, x]) for p, x, _ in batch]
+      rows += [np.concatenate([p, y]) for p, _, y in batch]
+      ends = np.array([len(row) for row in rows], np.int32)
+      tokens = np.zeros((len(rows), ends.max()), np.int32)
+      for into, row in zip(tokens, rows, strict=True):
+        into[: len(row)] = row
+      prompts = np.array([len(p) for p, *_ in batch] * 2, np.int32)
+      found.append((tokens, prompts, ends))
+    return found
+
+  def model_config(self) -> Any:
     from dpo_jax.models import llama
 
     return llama.Config(
@@ -56,58 +117,26 @@ class Problem:
       ffn=self.ffn,
       layers=self.layers,
       heads=self.heads,
-      kv_heads=self.heads,
+      kv_heads=self.kv_heads or self.heads,
       head_dim=self.width // self.heads,
-      max_length=self.prompt + self.response,
+      max_length=self.longest,
+      rope_theta=ROPE_THETA,
+      tied=self.tied,
     )
+
+  def model(self, **compute: Any) -> Any:
+    """The decoder, in this problem's dtype; `compute` as of `llama.Compute`."""
+    from dpo_jax.models import llama
+
+    dtypes = {"dtype": self.dtype, "param_dtype": self.dtype}
+    return llama.Model(self.model_config(), llama.Compute(**dtypes, **compute))
 
   def save_weights(self, path: str) -> None:
     """Writes the random model as a Hugging Face folder, for all variants."""
+    import jax
+
     from dpo_jax.models import hf, llama
 
-    config = self.model_config()
-    init = jax.jit(llama.Model(config).init_variables)
-    hf.save_checkpoint(path, llama, config, init(jax.random.key(self.seed)))
-
-
-def gflop(problem: Problem, shared: bool) -> float:
-  """Matrix-product GFLOP of one step: policy forward and backward (3 units) and
-  reference forward (1).
-
-  Args:
-    problem: sizes.
-    shared: what is needed at least, see `dpo_jax.flops`; False: two full
-      sequences a pair, every position through the head, all T^2 keys.
-  """
-  p, r, d = problem.prompt, problem.response, problem.width
-  if shared:
-    from dpo_jax import flops
-
-    config = problem.model_config()
-    responses = np.full((problem.pairs, 2), r)
-    work = flops.work(config, np.full(problem.pairs, p), responses)
-    return 4 * flops.Costs(config, {}).forward(work) / 1e9
-  layer = 4 * d * d + 3 * d * problem.ffn  # multiply-adds a token
-  tokens = layer * problem.layers * 2 * (p + r)
-  seen = 2 * (p + r) ** 2 * problem.layers
-  head = 2 * (p + r)
-  forward = 2 * tokens + 4 * d * seen + 2 * problem.vocab * d * head
-  return 4 * forward * problem.pairs / 1e9
-
-
-def state_and_reference(problem: Problem, path: str, tx):
-  """TrainState and reference variables, read from the folder twice so that
-  the step may donate one of them."""
-  from dpo_jax.models import hf, llama
-  from dpo_jax.train_step import TrainState
-
-  model = llama.Model(problem.model_config())
-  abstract = jax.eval_shape(model.init_variables, jax.random.key(0))
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract
-  )
-  params, reference = (
-    hf.load_variables(path, llama.HF_NAMES, abstract) for _ in range(2)
-  )
-  zero = jnp.int32(0)
-  return TrainState(zero, params, tx.init(params), zero + 0), reference
+    init = jax.jit(self.model().init_variables)
+    variables = init(jax.random.key(self.seed))
+    hf.save_checkpoint(path, llama, self.model_config(), variables)

@@ -1,10 +1,10 @@
 """A child process with one variant, which takes steps when it is told to.
 
-  python -m benchmarks.worker VARIANT PROBLEM_JSON WEIGHTS_FOLDER
+  python -m benchmarks.worker VARIANT PROBLEM_JSON WEIGHTS_FOLDER DEVICE
 
-Lines on stdin: "step", "trim" (forget the memory peak), anything else ends it.
-Lines on stdout: one JSON object after each, with CPU and wall seconds since
-the line before, and memory.
+Lines on stdin: "step", "trace FOLDER" (a step under JAX's profiler), "trim"
+(forget the memory peak), anything else ends it. Lines on stdout: one JSON
+object after each, with CPU and wall seconds since the line before, and memory.
 """
 
 import functools
@@ -21,6 +21,7 @@ from benchmarks.problem import Problem
 VARIANTS = {
   "ours": ("jax_steps", "ours", {}),
   "ours_precomputed": ("jax_steps", "ours", {"precomputed": True}),
+  "ours_remat": ("jax_steps", "ours", {"remat": "block"}),
   "no_skip": ("jax_steps", "ours", {"skip_prompts": False}),
   "no_sweep": ("jax_steps", "ours", {"place_sweep": None}),
   "no_skip_no_sweep": (
@@ -33,14 +34,19 @@ VARIANTS = {
   "concat_blockwise": ("jax_steps", "concat", {"attention": "blockwise"}),
   "trl": ("trl_step", "trl", {}),
   "trl_remat": ("trl_step", "trl", {"checkpointing": True}),
+  "tunix": ("tunix_step", "tunix", {}),
 }
+# What a module needs beside JAX, and what its variants do not have.
+NEEDS = {"trl_step": "trl", "tunix_step": "tunix"}
 
 
-def main(variant: str, problem: str, path: str) -> None:
+def main(variant: str, problem: str, path: str, device: str) -> None:
   # Libraries print; the protocol gets a stream of its own.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   module, function, options = VARIANTS[variant]
+  if module == "trl_step":
+    options = options | {"device": device}
   function = getattr(importlib.import_module(f"benchmarks.{module}"), function)
   problem = Problem(**json.loads(problem))
   functools.partial(function, **options)(problem, path, _Turns(answers))
@@ -51,11 +57,15 @@ class _Turns:
 
   def __init__(self, answers):
     self._answers = answers
+    self._trace = ""
     self._since = _clock()
 
   def __call__(self, row: dict) -> None:
     now = _clock()
     row |= {k: now[k] - self._since[k] for k in now}
+    if self._trace:
+      row["trace"] = _traced(self._trace)
+      self._trace = ""
     while True:
       row |= _memory()
       print(json.dumps(row), file=self._answers)
@@ -64,9 +74,27 @@ class _Turns:
         break
       _forget_peak()
       row = {}
-    if command != "step":
+    if command.startswith("trace "):
+      self._trace = command.partition(" ")[2]
+      _start_trace(self._trace)
+    elif command != "step":
       os._exit(0)  # libraries' own shutdown is not ours to wait for
     self._since = _clock()
+
+
+def _start_trace(folder):
+  import jax
+
+  jax.profiler.start_trace(folder)
+
+
+def _traced(folder):
+  import jax
+
+  from benchmarks.trace import summary
+
+  jax.profiler.stop_trace()
+  return summary(folder)
 
 
 def _clock() -> dict[str, float]:
