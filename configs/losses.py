@@ -34,6 +34,8 @@ def get_config(arg=None):
   rates = [LEARNING_RATES.get(term.name, 5e-7) for term in loss.terms]
   config.optim.learning_rate = min(rates)
   config.optim.schedule = "cosine"
+  if loss.needs_scores:
+    config.sample.prompts = 0  # a reward model answers nothing
   # A pair makes two labelled examples.
   config.train.batch_size = 128 if loss.kind == "unpaired" else 64
   return config

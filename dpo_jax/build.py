@@ -126,6 +126,19 @@ def build(config: Config) -> Built:
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
 
 
+def config_entries(built: Built) -> dict[str, Any]:
+  """What config.json of an exported reward model says beside its shape.
+
+  transformers scores the last token that is not padding. Where padding has the
+  id of the end token that would be the one before; without the entry it takes
+  sequences one at a time, and scores their end.
+  """
+  if not built.model.config.scalar_head:
+    return {}
+  pad, end = built.tokenizer.pad_id, built.tokenizer.eos_id
+  return {"pad_token_id": None if pad == end else pad}
+
+
 def model_of(
   family: types.ModuleType, shape: Any, compute: Any, mesh: Mesh
 ) -> nn.Module:

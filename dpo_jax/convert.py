@@ -135,7 +135,7 @@ def _check_target(target: pathlib.Path, *sources: pathlib.Path) -> None:
 
 
 def _write(loaded: Source, target, form, cast, max_shard_bytes) -> None:
-  module, config, variables, extras = loaded
+  module, config, variables, extras, entries = loaded
   if form == "hf":
     adapters = variables.get("lora")
     hf.save_checkpoint(
@@ -147,12 +147,13 @@ def _write(loaded: Source, target, form, cast, max_shard_bytes) -> None:
       save_tokenizer=extras,
       transform=lora.merger(jax.device_get(adapters)) if adapters else None,
       dtype=cast,
+      entries=entries,
     )
     return
   if cast is not None:
     variables = jax.tree.map(lambda x: x.astype(cast), variables)
   with whole_folder(target) as part:
-    about = module.config_to_hf(config)
+    about = module.config_to_hf(config) | entries
     (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     extras(str(part))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax import sharding, stored
-from dpo_jax.build import build
+from dpo_jax.build import build, config_entries
 from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, peft
@@ -42,6 +42,7 @@ class Source(NamedTuple):
   config: Any
   variables: Any
   extras: Callable[[str], None]  # given the folder
+  entries: dict[str, Any]  # of config.json, beside those of the shape
 
 
 def kind_of(folder: pathlib.Path) -> str:
@@ -107,7 +108,8 @@ def load_run(workdir: pathlib.Path, step: int) -> Source:
     _, frozen = trainable.split(load_policy(config, built))
     variables = trainable.join(frozen, variables)
   model, save = built.model, built.tokenizer.save
-  return Source(built.family, model.config, variables, save)
+  entries = config_entries(built)
+  return Source(built.family, model.config, variables, save, entries)
 
 
 def _check_same(path: str, fingerprint: str | None) -> None:
@@ -133,7 +135,7 @@ def load_hf(folder: pathlib.Path) -> Source:
   module, config, abstract = _shapes(folder)
   abstract = hf.as_stored(folder, module.HF_NAMES, abstract)
   variables = hf.load_variables(folder, module.HF_NAMES, abstract)
-  return Source(module, config, variables, lambda to: copy_rest(folder, to))
+  return _of_folder(folder, module, config, variables)
 
 
 def with_adapters(source: Source, path: str | os.PathLike) -> Source:
@@ -173,7 +175,16 @@ def load_orbax(folder: pathlib.Path) -> Source:
   except Exception as e:  # of damaged arrays orbax raises no narrower one
     reason = " ".join(str(e).split())[:300]
     raise CheckpointError(f"{place}: cannot be restored: {reason}") from e
-  return Source(module, config, variables, lambda to: copy_rest(folder, to))
+  return _of_folder(folder, module, config, variables)
+
+
+def _of_folder(folder, module, config, variables) -> Source:
+  entries = {}
+  if config.scalar_head:  # which token is scored depends on it
+    about = read_object(folder / "config.json")
+    entries["pad_token_id"] = about.get("pad_token_id")
+  copy = lambda to: copy_rest(folder, to)
+  return Source(module, config, variables, copy, entries)
 
 
 def _check_shapes(place, abstract, saved) -> None:

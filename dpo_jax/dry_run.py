@@ -92,6 +92,7 @@ def render_summary(summary: dict[str, Any]) -> str:
       ("loss", "held-out loss"),
       ("rewards/accuracies", "held-out accuracy"),
       ("rewards/margins", "held-out margin"),
+      ("calibration_error", "calibration error"),
     ):
       if key in after:
         # Of a finished run they come from a file, non-finite ones as text.

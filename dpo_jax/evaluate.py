@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import losses, metrics, sharding
 from dpo_jax.batch import Scores
+from dpo_jax.calibration import calibration
 from dpo_jax.data.plan import Plan
 from dpo_jax.score import Score
 from dpo_jax.train_step import Variables, evaluate_step, loss_inputs
@@ -19,6 +20,7 @@ class Evaluation(NamedTuple):
   means: dict[str, float]  # of loss and metrics, over all examples
   policy: Scores  # numpy f32[N K]
   reference: Scores | None  # likewise
+  calibration: dict[str, Any] | None = None  # of a reward model
 
 
 Evaluator = Callable[..., Evaluation]
@@ -58,7 +60,13 @@ def make_evaluator(score: Score, loss: losses.Loss, mesh: Mesh) -> Evaluator:
       parts.append((ids, *map(jax.device_get, scores)))
     means = metrics.means(metrics.add(sums))
     ids, *scores = zip(*parts, strict=True)
-    return Evaluation(means, *(_by_example(ids, x) for x in scores))
+    policy, known = (_by_example(ids, x) for x in scores)
+    found = None
+    if loss.needs_scores:
+      found = calibration(policy.logps[:, 0] - policy.logps[:, 1])
+      if found["pairs"]:
+        means["calibration_error"] = found["error"]
+    return Evaluation(means, policy, known, found)
 
   return evaluate
 
@@ -118,8 +126,8 @@ def by_subset(
 
   Returns:
     By subset: {"examples", "accuracy", "interval", "logratio_margin"}; the
-    margin is that of the log-ratios, before any beta. Nothing for a loss that
-    reports no accuracies.
+    margin is that of the log-ratios, before any beta, or "score_margin" of a
+    reward model. Nothing for a loss that reports no accuracies.
   """
   policy, reference = evaluation.policy, evaluation.reference
   logratios = policy.logps - (0 if reference is None else reference.logps)
@@ -129,6 +137,7 @@ def by_subset(
   if accuracies is None:
     return {}
   hits = np.asarray(accuracies)
+  of = "score" if loss.needs_scores else "logratio"
   out = {}
   for i, name in enumerate(examples.subset_names):
     mine = examples.subsets == i
@@ -139,6 +148,6 @@ def by_subset(
         "examples": n,
         "accuracy": accuracy,
         "interval": metrics.accuracy_interval(accuracy, n),
-        "logratio_margin": float(margins[mine].mean()),
+        f"{of}_margin": float(margins[mine].mean()),
       }
   return out

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax import metrics, processes, trainable
 from dpo_jax.answers import Answerer, Answers
+from dpo_jax.build import config_entries
 from dpo_jax.config import flatten
 from dpo_jax.files import cannot_write
 from dpo_jax.models import hf, lora, peft
@@ -45,6 +46,10 @@ def finish(
     rewards = processes.lead(lambda: _write_answers(place, run.steps, after))
     if reference is not None:
       kl = answerer.kl(policy, reference, after.sampled)
+  calibrated = None
+  if run.loss.needs_scores and run.eval_plan is not None:
+    found = run.evaluator(policy, None, run.eval_plan, state.loss_state)
+    calibrated = found.calibration
   if run.config.train.export:
     try:
       _export(run, place, policy)
@@ -54,6 +59,8 @@ def finish(
   def conclude() -> dict[str, Any]:
     summary = _summary(run, place, state, policy, seconds)
     summary |= {"true_reward": rewards, "kl_to_reference": kl and kl["mean"]}
+    if calibrated:
+      summary["calibration"] = calibrated
     if kl:
       summary["kl_standard_error"] = kl["standard_error"]
     write_report(place.path, _finite(summary))
@@ -81,15 +88,16 @@ def _write_answers(
 
 
 def _export(run: Run, place: Workdir, policy: Variables) -> None:
-  """The whole model, adapters merged; the adapters beside it as well. Adapters
-  of a base in few bits stay alone: they go with the base as it was."""
+  """The whole model, adapters merged; the adapters beside it as well, but for a
+  reward model's, which are nothing without its head. Adapters of a base in few
+  bits stay alone: they go with the base as it was."""
   built, options = run.built, {}
   if built.lora:
     adapters = processes.gather(policy["lora"])
     options["transform"] = lora.merger(adapters)
     base = run.config.model.path
     names = built.family.HF_NAMES
-    if processes.leads():
+    if processes.leads() and _exports_adapter(run):
       peft.save(place.adapter, names, adapters, built.lora, base)
   if run.config.model.quantize:
     return
@@ -99,8 +107,13 @@ def _export(run: Run, place: Workdir, policy: Variables) -> None:
     built.model.config,
     policy,
     save_tokenizer=built.tokenizer.save,
+    entries=config_entries(built),
     **options,
   )
+
+
+def _exports_adapter(run: Run) -> bool:
+  return bool(run.built.lora) and not run.loss.needs_scores
 
 
 def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
     if config.train.export and not config.model.quantize
     else None,
     "adapter_dir": str(place.adapter)
-    if config.train.export and run.built.lora
+    if config.train.export and _exports_adapter(run)
     else None,
     "command": " ".join(sys.argv),
     "config": flatten(config.to_dict()),

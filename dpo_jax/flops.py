@@ -2,11 +2,11 @@
 
 Needed are the products with weights and in attention over tokens that are
 there: a prompt once for all its responses, no padding, visible keys only, the
-unembedding where a response token is predicted and the last layer only there,
-but for its keys and values, nothing twice. What recomputing
-(remat, tiles of the head, blocks of attention) costs on top is not counted, so
-that `mfu` is a share of useful work. A multiply-add is two FLOPs; norms,
-softmax, optimizer and the loss itself are left out.
+head where a response token is predicted (a reward model's at a response's last
+token) and the last layer only there, but for its keys and values, nothing
+twice. What recomputing (remat, tiles of the head, blocks of attention) costs on
+top is not counted, so that `mfu` is a share of useful work. A multiply-add is
+two FLOPs; norms, softmax, optimizer and the loss itself are left out.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Work(NamedTuple):
   tokens: int  # through the layers
   seen: int  # (query, visible key) pairs in a layer that sees all
   seen_near: int  # likewise in a layer with a sliding window
-  scored: int  # positions that meet the vocabulary
+  scored: int  # positions that meet the head
   asked: int  # (query, visible key) pairs of these in the last layer
 
 
@@ -47,13 +47,21 @@ def work(config: Config, prompts: np.ndarray, responses: np.ndarray) -> Work:
 
   scored, everywhere = int(responses.sum()), seen(None)
   near = seen(config.window) if any(config.local) else (0, 0)
-  return Work(
+  found = Work(
     int(before.sum()) + scored,
     sum(everywhere),
     sum(near),
     scored,
     (near if config.local[-1] else everywhere)[1],
   )
+  if not config.scalar_head:
+    return found
+  # Of each response only the last position is scored.
+  there = responses > 0
+  keys = np.where(there, before[:, None] + responses, 0)
+  if config.local[-1]:
+    keys = np.minimum(keys, config.window)
+  return found._replace(scored=int(there.sum()), asked=int(keys.sum()))
 
 
 class Costs:
@@ -117,8 +125,11 @@ class Costs:
         products * (layers & last).sum(),
       ])  # fmt: skip
 
-    head = 2 * c.vocab_size * c.width
-    unembed = "params/embed" if c.tied else "params/unembed"
+    head, unembed = 2 * c.vocab_size * c.width, "params/unembed"
+    if c.scalar_head:
+      head, unembed = 2 * c.width, "params/score"
+    elif c.tied:
+      unembed = "params/embed"
     reached = below.any() or "params/norm/scale" in trained
     everywhere = np.ones(c.layers, bool)
     self._forward = by_work(base, everywhere, head)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import logging
+import os
 from typing import Any
 
-from dpo_jax import evaluate, sharding
+from dpo_jax import calibration, evaluate, losses, sharding
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.build import build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
+from dpo_jax.models import hf
 from dpo_jax.weights import (
   load_policy,
   load_variables,
@@ -29,9 +31,10 @@ def judge(config: Config) -> dict[str, Any]:
       limits the rows; `sample` says how many answers estimate the KL.
 
   Returns:
-    {"loss", "examples", "metrics", "subsets", "kl"}: means over all examples,
-    the same accuracy by subset with 95 % intervals, and KL(policy ||
-    reference) in nats per response with its standard error.
+    {"loss", "examples", "metrics", "subsets", "kl", "calibration"}: means over
+    all examples, the same accuracy by subset with 95 % intervals, KL(policy ||
+    reference) in nats per response with its standard error, and of a reward
+    model what `calibration.calibration` gives.
 
   Raises:
     UserError: one line for what is missing or does not fit.
@@ -45,10 +48,7 @@ def judge(config: Config) -> dict[str, Any]:
       " started from in config.reference.path"
     )
   if loss.needs_scores:
-    raise ConfigError(
-      f"loss {loss.name!r} reads scores of a reward model, and"
-      f" {config.model.path} is a policy"
-    )
+    _check_reward_model(config, loss)
   if loss.initial_state() is not None:
     _LOG.warning(
       "the running mean of %r is not part of a model folder and starts at 0",
@@ -97,9 +97,25 @@ def judge(config: Config) -> dict[str, Any]:
     "examples_there": loaded.reports["train"]["examples"],
     "metrics": result.means,
     "subsets": subsets,
+    "calibration": result.calibration,
     "kl": kl,
     "data": examples.report,
   }
+
+
+def _check_reward_model(config: Config, loss: losses.Loss) -> None:
+  """Raises ConfigError for a model without scores, or one beside it."""
+  _, shape = hf.read_config(os.path.expanduser(config.model.path))
+  if not shape.scalar_head:
+    raise ConfigError(
+      f"loss {loss.name!r} reads scores of a reward model, and"
+      f" {config.model.path} is a language model"
+    )
+  if config.reference.path:
+    raise ConfigError(
+      f"config.reference.path={config.reference.path!r}: loss {loss.name!r}"
+      " compares with no reference"
+    )
 
 
 def render(result: dict[str, Any]) -> str:
@@ -120,8 +136,13 @@ def render(result: dict[str, Any]) -> str:
     )
   for name, row in result["subsets"].items():
     low, high = row["interval"]
+    margin = f"log-ratio margin {row.get('logratio_margin', 0):.4f}"
+    if "score_margin" in row:
+      margin = f"score margin {row['score_margin']:.4f}"
     lines.append(
       f"  {name:20s} accuracy {row['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
-      f"  log-ratio margin {row['logratio_margin']:.4f}  n={row['examples']}"
+      f"  {margin}  n={row['examples']}"
     )
+  if result["calibration"]:
+    lines += calibration.render(result["calibration"])
   return "\n".join(lines)

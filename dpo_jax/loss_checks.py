@@ -43,11 +43,6 @@ def check_loss(config: Config, loss: losses.Loss) -> None:
 def _check_reward(config: Config, loss: losses.Loss) -> None:
   """What a reward model cannot do."""
   name = f"loss {loss.name!r}"
-  if any(need.endswith("_logps") for need in loss.needs):
-    raise ConfigError(
-      f"config.loss.name={loss.name!r}: one model has either scores or"
-      " log-probs, and this mixture reads both"
-    )
   if config.sample.prompts:
     raise ConfigError(
       f"config.sample.prompts={config.sample.prompts}: {name} trains a reward"

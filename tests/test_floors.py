@@ -27,6 +27,7 @@ FLOORS = (
     "lock",
     "config",
     "loss_checks",
+    "calibration",
     "tabular",
     "collectives",
     "flops",

@@ -70,8 +70,9 @@ def register(
 
   Raises:
     TypeError: a positional parameter is not one of `INPUTS`, a keyword-only
-      parameter has no default or the name of an input or a modifier, or of
-      `state` the parameter and the argument only one is there.
+      parameter has no default or the name of an input or a modifier, both
+      scores and log-probs are asked for, or of `state` the parameter and the
+      argument only one is there.
     ValueError: another function holds that name.
   """
   if function is None:
@@ -99,7 +100,12 @@ def register(
         f"loss {name!r} asks for {parameter.name!r}, which nothing provides;"
         f" known inputs: {', '.join(INPUTS)}"
       )
-
+  reads = {n.rpartition("_")[2] for n in positional(function)}
+  if {"scores", "logps"} <= reads:
+    raise TypeError(
+      f"loss {name!r} asks for scores and log-probs; a model is a reward model"
+      " or a policy"
+    )
   if ("state" in positional(function)) != (state is not None):
     raise TypeError(
       f"loss {name!r}: a loss that carries state has a parameter 'state' and is"

@@ -50,6 +50,7 @@ def save_checkpoint(
   save_tokenizer: Callable[[str], None] | None = None,
   transform: Transform | None = None,
   dtype: Any = None,
+  entries: dict[str, Any] | None = None,
 ) -> None:
   """Writes a folder that transformers, vLLM and this package load as it is.
 
@@ -67,6 +68,7 @@ def save_checkpoint(
       in the stacked axes; returns what to write instead, of the same shape and
       dtype. It must not change the part itself.
     dtype: of the files; None keeps that of each array.
+    entries: of config.json, beside those that the family writes.
   """
   writes = jax.process_index() == 0
   tensors = list(_tensors(module, variables, transform, dtype))
@@ -74,6 +76,7 @@ def save_checkpoint(
     write_tensors(part, tensors, max_shard_bytes, writes)
     if writes:
       hf = module.config_to_hf(config) | dtype_entries(tensors)
+      hf |= entries or {}
       (part / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
       if save_tokenizer:
         save_tokenizer(str(part))

@@ -80,11 +80,20 @@ def charts(curves: Curves, method: str) -> str:
   first = next(iter(curves.get(("eval", "loss"), {}).values()), 0.0)
   if abs(first - _LN2) < 1e-3:
     loss = loss._replace(guides={_LN2: "ln 2: equal to the reference"})
+  margin = _MARGIN
+  if method == "reward":
+    loss = loss._replace(guides={_LN2: "ln 2: all scores equal"})
+    margin = margin._replace(
+      unit="score", sub="Chosen minus rejected score, in nats of log-odds."
+    )
+    rewards = rewards._replace(
+      unit="score", sub="Known up to a constant for each prompt."
+    )
   if method == "orpo":
     sub = "β × log-probability: this method has no reference."
     rewards = rewards._replace(sub=sub, guides={})
   groups = (
-    ("main", (400, 270), (loss, _ACCURACY, _MARGIN)),
+    ("main", (400, 270), (loss, _ACCURACY, margin)),
     ("charts", (560, 290), (rewards, _LOGPS)),
     ("small", (360, 200), _SMALL),
   )

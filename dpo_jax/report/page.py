@@ -66,6 +66,7 @@ def write_report(
     headline(changed, held_out, summary),
     notes(changed, held_out, curves, summary),
     charts(curves, method),
+    _calibration(summary.get("calibration")),
     _samples(_read(directory / "samples.jsonl")),
     _data(summary),
     _run(summary),
@@ -125,6 +126,31 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     '<h2>Samples before and after</h2><p class="sub">Written by the models from'
     " prompts of the dataset; nothing was filtered and some of it may offend."
     f"{some}</p>{''.join(cards)}"
+  )
+
+
+def _calibration(found: Mapping[str, Any] | None) -> str:
+  """How often a reward model is right, beside how often it says it is."""
+  if not found or not found["bins"]:
+    return ""
+  lines = []
+  for row in found["bins"]:
+    low, high = row["interval"]
+    lines.append(
+      f"<tr><td>{row['from']:.2f} to {row['to']:.2f}</td>"
+      f'<td class="n">{row["predicted"]:.3f}</td>'
+      f'<td class="n">{row["observed"]:.3f}</td>'
+      f'<td class="n">{low:.3f} to {high:.3f}</td>'
+      f'<td class="n">{row["pairs"]:,}</td></tr>'
+    )
+  heads = ("Probability", "Mean", "Seen", "95 % interval", "Pairs")
+  head = "".join(f"<th>{name}</th>" for name in heads)
+  return (
+    '<h2>Calibration</h2><p class="sub">How often the response that the model'
+    " scores higher is the chosen one, by the probability that the scores give"
+    " it, on all held-out pairs at the end. Expected calibration error"
+    f" {format_value(found['error'])}.</p>"
+    + div("card", f"<table><tr>{head}</tr>{''.join(lines)}</table>")
   )
 
 
