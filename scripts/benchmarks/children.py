@@ -19,7 +19,7 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[1]
 # It must stand before the backend starts. Without it XLA:CPU keeps far more
 # temporaries alive, in all JAX variants.
 XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-COMPARED = 3  # losses, at least
+COMPARED = 3  # first losses
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
@@ -82,15 +82,9 @@ class Child:
       )  # fmt: skip
     self.ready = self._answer()
 
-  @property
-  def warm_up(self) -> int:
-    """Steps before those that count: whole turns of the batches."""
-    batches = self.problem.batches
-    return -(-COMPARED // batches) * batches
-
   def warm(self) -> None:
-    for _ in range(self.warm_up):
-      self.step()
+    """One step of every batch that is not counted."""
+    self.turn()
     self._ask("trim")
 
   def turn(self) -> None:
@@ -111,7 +105,7 @@ class Child:
   def summary(self) -> dict:
     """Medians over turns, of seconds a step; memory in MB; first losses."""
     problem, n = self.problem, self.problem.batches
-    timed = self.rows[self.warm_up :]
+    timed = self.rows[n:]
     turns = [timed[i : i + n] for i in range(0, len(timed), n)]
     found = {"variant": self.variant, "steps": len(timed)}
     for kind in ("cpu", "wall"):

@@ -113,14 +113,14 @@ def make_trainer(problem, path, pause, checkpointing, device="cpu"):
     ref_model=None if adapters else load(),
     args=args,
     train_dataset=data,
-    processing_class=_tokenizer(problem.vocab),
+    processing_class=tokenizer(problem.vocab),
     callbacks=[Turns()],
     **adapters,
   )
   return trainer
 
 
-def _tokenizer(vocab: int):
+def tokenizer(vocab: int):
   """The trainer wants one; nothing is ever tokenised."""
   import tokenizers
   import transformers

@@ -35,9 +35,10 @@ VARIANTS = {
   "trl": ("trl_step", "trl", {}),
   "trl_remat": ("trl_step", "trl", {"checkpointing": True}),
   "tunix": ("tunix_step", "tunix", {}),
+  "easydel": ("easydel_step", "easydel_step", {}),
 }
 # What a module needs beside JAX, and what its variants do not have.
-NEEDS = {"trl_step": "trl", "tunix_step": "tunix"}
+NEEDS = {"trl_step": "trl", "tunix_step": "tunix", "easydel_step": "easydel"}
 
 
 def main(variant: str, problem: str, path: str, device: str) -> None:
