@@ -153,8 +153,8 @@ def as_examples(
   )
 
 
-def load_reward(name: str) -> Reward:
-  """Imports "module:function".
+def load_reward(name: str, setting: str = "sample.reward") -> Reward:
+  """Imports "module:function", as a setting has it.
 
   Raises:
     ConfigError: there is no such thing.
@@ -167,7 +167,7 @@ def load_reward(name: str) -> Reward:
     return reward
   except (ImportError, AttributeError, ValueError, TypeError) as e:
     raise ConfigError(
-      f"config.sample.reward={name!r}: {e}; expected 'module:function' taking"
+      f"config.{setting}={name!r}: {e}; expected 'module:function' taking"
       " a prompt and a response"
     ) from e
 

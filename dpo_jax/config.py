@@ -134,6 +134,38 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Online:
+  """Answers that the policy gives while it is trained; see docs/online.md."""
+
+  method: str = ""  # ppo, grpo or pairs (the loss on best and worst answers);
+  # "": trains on the answers of the data
+  reward: str = ""  # "module:function" of (prompt, response)
+  reward_model: str = ""  # or the folder of a trained one
+  group: int = 0  # answers to a prompt; 0: 1 (ppo), 8 (grpo) or 2 (pairs)
+  max_tokens: int = 256  # of an answer
+  temperature: float = 1.0
+  top_k: int = 0  # pairs only, as is another temperature than 1
+  top_p: float = 1.0
+  missing_end: float = 0.0  # taken off the reward of an answer without an end
+  epochs: int = 1  # over the answers of a step
+  minibatches: int = 1  # of them, an update each
+  clip: float = 0.2  # of the ratio to the policy that answered
+  clip_high: float = 0.0  # upwards; 0: as downwards
+  kl: float = 0.05  # price of a nat from the reference; not of pairs
+  kl_estimator: str = "k1"  # of ppo's price: k1, k2 or k3
+  kl_target: float = 0.0  # nats a response to which ppo adapts it; 0: fixed
+  kl_horizon: int = 10000  # answers in which that moves it by a fifth at most
+  gamma: float = 1.0  # ppo: discount a token
+  lam: float = 0.95  # ppo: of generalised advantage estimation
+  whiten: bool = True  # ppo: advantages to mean 0 and deviation 1
+  whiten_rewards: bool = False  # ppo: rewards of tokens to deviation 1
+  value_clip: float = 0.2  # ppo: how far values move at once
+  value_weight: float = 0.1  # ppo: of the value loss
+  scale: str = "group"  # grpo: by whose deviation; group, batch or none
+  reduction: str = "dapo"  # grpo, over tokens: grpo, bnpo, dapo or dr_grpo
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
   tensorboard: bool = False
   wandb: bool = False
@@ -161,6 +193,7 @@ class Config:
   mesh: Mesh = Mesh()
   offload: Offload = Offload()
   sample: Sample = Sample()
+  online: Online = Online()
   log: Log = Log()
 
   def __post_init__(self):
@@ -213,10 +246,12 @@ _COUNTS = (
   "model.width", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
   "model.head_tile", "data.row_counts", "train.batch_size",
   "train.microbatches", "train.keep_checkpoints", "sample.max_tokens",
-  "sample.batch_size",
+  "sample.batch_size", "online.max_tokens", "online.epochs",
+  "online.minibatches", "online.kl_horizon",
 )  # fmt: skip
 _SHARES = ("optim.final", "optim.b1", "optim.b2", "optim.momentum",
-           "sample.top_p", "reference.sync_mixup", "lora.dropout")  # fmt: skip
+           "sample.top_p", "reference.sync_mixup", "lora.dropout",
+           "online.top_p", "online.gamma", "online.lam")  # fmt: skip
 
 
 def _check_ranges(config: Config) -> None:
@@ -249,6 +284,21 @@ def _check_words(config: Config) -> None:
       f"config.train.on_damaged_checkpoint={damaged!r} should be 'fallback' or"
       " 'stop'"
     )
+  for name, words in _WORDS.items():
+    value = getattr(config.online, name)
+    if value not in words:
+      raise ConfigError(
+        f"config.online.{name}={value!r} should be one of"
+        f" {', '.join(map(repr, words))}"
+      )
+
+
+_WORDS = {
+  "method": ("", "ppo", "grpo", "pairs"),
+  "kl_estimator": ("k1", "k2", "k3"),
+  "scale": ("group", "batch", "none"),
+  "reduction": ("grpo", "bnpo", "dapo", "dr_grpo"),
+}
 
 
 def check_names(names: Iterable[str]) -> None:

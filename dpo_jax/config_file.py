@@ -28,6 +28,28 @@ def defaults(loss: str) -> ml_collections.ConfigDict:
   return config
 
 
+def on_quickstart(config: ml_collections.ConfigDict, root: str) -> None:
+  """Sets what online runs on the quickstart's corpus have in common: its SFT
+  model, the prompts of its pairs, and its true reward."""
+  config.model.path = f"{root}/sft/model"
+  config.data.source = f"{root}/data/pairs.jsonl"
+  config.data.max_length = 128
+  config.data.eval_rows = 200
+  config.data.cache_dir = ""
+  config.data.row_counts = 1
+  config.online.reward = "dpo_jax.data.corpus:true_reward"
+  config.online.max_tokens = 48
+  config.optim.schedule = "constant"
+  config.optim.warmup = 0.0
+  config.train.eval_batch_size = 200
+  config.train.eval_every = 20
+  config.train.log_every = 5
+  config.sample.batch_size = 256
+  config.sample.prompts = 200
+  config.sample.max_tokens = 48
+  config.sample.reward = config.online.reward
+
+
 def parse_arg(arg: str | None, **spec: Any) -> ml_collections.ConfigDict:
   """Parses the part of `--config=file.py:quick,model=x` behind the colon.
 

@@ -124,7 +124,7 @@ def _summary(run, place, state, policy, seconds) -> dict[str, Any]:
   reports = run.data.reports
   plan = run.train_plan
   return {
-    "method": run.loss.name,
+    "method": run.method,
     "loss": dict(run.loss.options),
     "model": config.model.path or f"{config.model.family} from scratch",
     "parameters": trainable.count(policy["params"]),

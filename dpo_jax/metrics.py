@@ -18,6 +18,8 @@ CLOCKED = frozenset(
     "mfu",  # `Run.ideal_flops` a second, as a share of the devices' peak
     "data_wait",  # share of the time in steps until a batch was there
     "goodput",  # seconds of steps that were applied, over all since the start
+    "rollout_seconds",  # of a step: answers and their rewards
+    "update_seconds",  # of a step: what is learned from them
     "peak_memory_bytes",  # of this host's fullest device, since its start
   }
 )

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from dpo_jax import (
   evaluate,
   flops,
+  losses,
   offload,
   optim,
   processes,
@@ -21,7 +23,7 @@ from dpo_jax import (
 )
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.batch import Scores
-from dpo_jax.build import Built, build, load_data
+from dpo_jax.build import Built, Data, build, load_data
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
@@ -44,14 +46,13 @@ class Run:
       UserError: one line for whatever is missing or does not fit.
     """
     self.config = config
-    self.loss = config.make_loss()
+    self.loss = self._make_loss()
     self.follows = config.reference.sync_every > 0  # the policy (TR-DPO)
     check_loss(config, self.loss)
     self.built = built or build(config)
-    mesh = self.built.mesh
     _check_packed(config, self.built)
     _check_offload(config, self.built)
-    self.data = load_data(config, self.built, self.loss)
+    self.data = self._load_data()
     self.train_plan = self._plan_training()
     self.eval_plan = self._plan_evaluation()
     self.steps = len(self.train_plan)
@@ -80,29 +81,24 @@ class Run:
       warmup=o.pop("warmup"),
       final=o.pop("final"),
     )
-    factors = self.trainable.factors(trained)
-    self.tx = optim.make(self.schedule, factors=factors, **o)
+    self.tx = self._make_optimizer(o)
     self.abstract_state = self._abstract_state()
-    self.step = jax.jit(
-      functools.partial(
-        train_step,
-        score=self.built.score,
-        loss=self.loss,
-        tx=self.tx,
-        join=self.trainable.join,
-        dropout_seed=_dropout_seed(config, self.built),
-        router_balance=_router_balance(config, self.built.model),
-        microbatches=config.train.microbatches,
-        sync_every=config.reference.sync_every,
-        sync_mixup=config.reference.sync_mixup,
-      ),
-      donate_argnums=0,
-      out_shardings=(
-        jax.tree.map(lambda x: x.sharding, self.abstract_state),
-        sharding.replicated(mesh),
-      ),
-    )
-    self.evaluator = evaluate.make_evaluator(self.built.score, self.loss, mesh)
+    self.step = self._make_step()
+    self.evaluator = self._make_evaluator()
+
+  @property
+  def method(self) -> str:
+    """What summary and report call it."""
+    return self.loss.name
+
+  def policy(self, frozen: Any, params: Any) -> Any:
+    """The policy's variables, of what is frozen and what is trained."""
+    return join(frozen, params)
+
+  def seconds(self, step: int) -> float | None:
+    """What a step took, where it tells; None: it goes on while the next is
+    launched."""
+    return None
 
   def ideal_flops(self, step: int) -> float:
     """What step `step`, counted from 1, needs at least; see `flops`."""
@@ -119,7 +115,7 @@ class Run:
 
   def start(self) -> tuple[TrainState, Any]:
     """The state before any step, and the frozen variables beside it."""
-    params, frozen = self.trainable.split(load_policy(self.config, self.built))
+    params, frozen = self._load_params()
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
     zero = jax.device_put(jnp.int32(0), shardings.step)
@@ -128,6 +124,10 @@ class Run:
     carried = jax.device_put(carried, shardings.loss_state)
     state = TrainState(zero, params, init(params), zero + 0, carried)
     return state, frozen
+
+  def _load_params(self) -> tuple[Any, Any]:
+    """What is trained and what is frozen, as a run begins with them."""
+    return self.trainable.split(load_policy(self.config, self.built))
 
   def load_reference(self, start: Any, frozen: Any) -> Any | None:
     """Variables of the reference; None if the loss reads none.
@@ -244,6 +244,52 @@ class Run:
     prompts = distinct_prompts(examples, settings.prompts)
     return Answerer(self.built, settings, prompts, self.config.seed)
 
+  def _make_loss(self) -> losses.Loss:
+    return self.config.make_loss()
+
+  def _load_data(self) -> Data:
+    return load_data(self.config, self.built, self.loss)
+
+  def _make_optimizer(self, options: dict[str, Any]) -> Any:
+    return optim.make(self.schedule, factors=self._factors(), **options)
+
+  def _factors(self) -> Any:
+    """On the learning rates of what is trained; None where all are 1."""
+    trained, _ = self.trainable.split(self.built.abstract)
+    return self.trainable.factors(trained)
+
+  def _make_step(self) -> Callable[..., tuple[TrainState, Any]]:
+    """The compiled `train_step`."""
+    config, built = self.config, self.built
+    return self._compiled(
+      functools.partial(
+        train_step,
+        score=built.score,
+        loss=self.loss,
+        tx=self.tx,
+        join=self.trainable.join,
+        dropout_seed=_dropout_seed(config, built),
+        router_balance=router_balance(config, built.model),
+        microbatches=config.train.microbatches,
+        sync_every=config.reference.sync_every,
+        sync_mixup=config.reference.sync_mixup,
+      )
+    )
+
+  def _compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that takes the state's place, and gives it and sums."""
+    return jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(
+        jax.tree.map(lambda x: x.sharding, self.abstract_state),
+        sharding.replicated(self.built.mesh),
+      ),
+    )
+
+  def _make_evaluator(self) -> evaluate.Evaluator:
+    return evaluate.make_evaluator(self.built.score, self.loss, self.built.mesh)
+
   def _plan_training(self) -> Plan:
     t, mesh = self.config.train, self.built.mesh
     steps = t.steps or math.ceil(t.epochs * len(self.data.train) / t.batch_size)
@@ -294,7 +340,7 @@ class Run:
     return state
 
 
-def _router_balance(config: Config, model: Any) -> float:
+def router_balance(config: Config, model: Any) -> float:
   """Weight of the loss that keeps a model's experts equally busy."""
   weight = model.config.router_weight if model.router else None
   return config.train.router_balance * (weight or 0.0)

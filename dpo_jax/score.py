@@ -78,6 +78,12 @@ class Score:
     scores = summed(tokens, batch, tails=tails, squares=squares)
     return scores._replace(router=used)
 
+  def tokens(self, variables: Any, batch: Batch) -> jax.Array:
+    """Log-probs of the scored tokens one by one, f32[B S]; what padding holds
+    means nothing."""
+    hidden, head, _ = self._hidden(variables, batch, False, None)
+    return self._heads(False)(hidden, head, batch.target)[0]
+
   def sweeps(self, batch: Batch) -> bool:
     """Whether `objective` is to be had: whether it saves more than tiles that
     end with an example waste, half an example each."""

@@ -80,9 +80,12 @@ class StepLog:
     self._check_finite(step, skipped)
     self._sums = metrics.add([self._sums, sums])
     now = time.perf_counter()
-    if not self._compiled(step) and self._mark is not None:
-      self._timed.add(self._run, step, now - self._mark, self._waited)
-      self._useful += 0 if skipped else now - self._mark
+    seconds = self._run.seconds(step)
+    if seconds is None and self._mark is not None:
+      seconds = now - self._mark
+    if not self._compiled(step) and seconds is not None:
+      self._timed.add(self._run, step, seconds, self._waited)
+      self._useful += 0 if skipped else seconds
     self._mark, self._waited = now, 0.0
     progress.update(step, metrics.means(sums))
     every = t.log_every

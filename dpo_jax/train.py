@@ -16,12 +16,12 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config, check_names, differences, without
 from dpo_jax.errors import CheckpointError, ConfigError
 from dpo_jax.finish import finish
+from dpo_jax.online import make_run
 from dpo_jax.processes import Stopped, StopSignal
 from dpo_jax.progress import Progress
 from dpo_jax.run import Run
 from dpo_jax.step_log import StepLog
 from dpo_jax.stored import DamagedError, read_meta
-from dpo_jax.trainable import join
 from dpo_jax.watch import Trace, Watchdog
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import MetricsWriter, NoWriter, read_metrics
@@ -54,7 +54,7 @@ def train(
   place = Workdir(workdir)
   with StopSignal() as stop:
     processes.lead(lambda: place.check(config, allow))
-    run = Run(config)
+    run = make_run(config)
     _check_all_alike(run)
     best = config.train.keep_best.partition(" ")[0]
     if best and run.eval_plan is None:
@@ -110,7 +110,7 @@ class _Training:
     state = run.with_reference(state, reference)
     answerer = run.answerer()
     if answerer and not processes.lead(lambda: self._answered(answerer)):
-      self._answer_before(answerer, join(frozen, state.params))
+      self._answer_before(answerer, run.policy(frozen, state.params))
     start = 0
     if steps:
       del state  # makes room for the one that is read
@@ -123,7 +123,7 @@ class _Training:
       self._take_up(processes.lead(self._evaluated_rows))
       state = self._loop(state, frozen, reference, start)
     self.saved.wait()
-    policy = join(frozen, state.params)
+    policy = run.policy(frozen, state.params)
     seconds = time.time() - self.begun
     return finish(run, place, state, policy, reference, answerer, seconds)
 
@@ -193,7 +193,7 @@ class _Training:
 
     with self.log.untimed():
       result = run.evaluator(
-        join(frozen, state.params),
+        run.policy(frozen, state.params),
         reference if state.reference is None else state.reference,
         run.eval_plan,
         state.loss_state,

@@ -121,11 +121,44 @@ def train_step(
     microbatches, coupled=coupled,
     whole=None if coupled or not score.sweeps(batch) else in_one_sweep,
   )  # fmt: skip
+  state, more = update(state, grads, sums["loss"].total, loss_state, tx)
+  step, moving = state.step + 1, state.reference
+  if moving is not None:
+    moving = jax.lax.cond(
+      step % sync_every == 0,
+      lambda: losses.mix_reference(
+        moving, join(frozen or {}, state.params), sync_mixup
+      ),
+      lambda: moving,
+    )
+  return state._replace(step=step, reference=moving), sums | more
+
+
+def update(
+  state: TrainState,
+  grads: Variables,
+  loss: jax.Array,
+  loss_state: Any,
+  tx: optax.GradientTransformation,
+) -> tuple[TrainState, Sums]:
+  """Moves parameters, optimizer and what the loss carries; the step stays.
+
+  Args:
+    state: where they are.
+    grads: like its params, in any float dtype.
+    loss: f32[...], which must be finite, as the gradients must be, or all stays
+      as it is and counts as skipped.
+    loss_state: what the loss carries on.
+    tx: optimizer.
+
+  Returns:
+    The new state, and sums of the gradient's norm and of what was skipped.
+  """
   # Parts add up in float32; the optimizer's state has the dtype of the weights.
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
   # In float32 also where the weights are bfloat16.
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-  finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"].total).all()
+  finite = jnp.isfinite(norm) & jnp.isfinite(loss).all()
 
   opt_state = fetched(state.opt_state)
   old = state.params, opt_state, state.loss_state
@@ -136,23 +169,16 @@ def train_step(
     (params, opt_state, loss_state),
     old,
   )
-  step, moving = state.step + 1, state.reference
-  if moving is not None:
-    moving = jax.lax.cond(
-      step % sync_every == 0,
-      lambda: losses.mix_reference(
-        moving, join(frozen or {}, params), sync_mixup
-      ),
-      lambda: moving,
-    )
-  state = TrainState(
-    step, params, opt_state, state.skipped + ~finite, loss_state, moving
+  state = state._replace(
+    params=params,
+    opt_state=opt_state,
+    skipped=state.skipped + ~finite,
+    loss_state=loss_state,
   )
-  sums |= {
+  return state, {
     "grad_norm": losses.Sums(norm, jnp.float32(1)),
     "skipped": losses.Sums(1.0 - finite, jnp.float32(1)),
   }
-  return state, sums
 
 
 def _read_by(loss):

@@ -51,6 +51,7 @@ def make_log(peak_tflops=4.0, started=None, rows=(1,) * STEPS, **train):
       tokens=lambda step: TOKENS + step, shape_of=lambda step: rows[step]
     ),
     ideal_flops=lambda step: FLOPS,
+    seconds=lambda step: None,
     built=SimpleNamespace(mesh=SimpleNamespace(size=3)),
   )
   log = StepLog(run, started)

@@ -134,7 +134,9 @@ class Encoder:
   def _prepare(self, where: str, row: dict | DataError) -> Iterator[_Pending]:
     try:
       example, notes = self._read(where, row), Counter()
-      if self.result.format == "ranked" and self.settings.kind != "sft":
+      if self.result.format == "ranked" and self.settings.kind not in (
+        "sft", "prompts"
+      ):  # fmt: skip
         example, left_out = ranking.strict(example)
         # Of pairs, what lies between best and worst is left out anyhow.
         notes = left_out if self.settings.kind == "ranked" else notes
@@ -168,7 +170,7 @@ class Encoder:
     if isinstance(row, DataError):
       raise Drop("bad_line", str(row).removeprefix(f"{where}: "))
     try:
-      fmt = formats.detect_format(row)
+      fmt = formats.detect_format(row, self.settings.kind == "prompts")
     except DataError as error:
       raise Drop("wrong_shape", str(error)) from None
     if self.result.format and fmt != self.result.format:
@@ -199,7 +201,9 @@ class Encoder:
 
   def _by_kind(self, example: RawExample) -> Iterator[RawExample]:
     kind, responses = self.settings.kind, example.responses
-    if kind == "sft" and example.desirable is False:
+    if kind == "prompts":
+      yield replace(example, responses=())
+    elif kind == "sft" and example.desirable is False:
       self.result.dropped["undesirable_skipped"] += 1
     elif kind == "sft":
       yield replace(example, responses=responses[:1])

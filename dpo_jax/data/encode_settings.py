@@ -11,6 +11,7 @@ KINDS = {
   "unpaired": formats.UNPAIRED + formats.PAIRED,
   "sft": tuple(formats.FORMATS),
   "ranked": ("ranked",),
+  "prompts": (*formats.FORMATS, formats.PROMPT),
 }
 
 
@@ -24,7 +25,8 @@ class EncodeSettings:
     kind: `paired` takes pairs, and the best and the worst of rankings;
       `unpaired` takes labelled completions, and pairs as two of them; `sft`
       takes completions, the best response of pairs and rankings, and what is
-      labelled desirable; `ranked` takes rankings.
+      labelled desirable; `ranked` takes rankings; `prompts` takes the prompts
+      of all of these and rows of a prompt alone, and no answers.
     on_bad_row: `drop` counts a row that cannot be used and goes on, `error`
       stops at it.
   """

@@ -24,6 +24,8 @@ FORMATS = {
   "completion": "prompt + completion, or messages",
   "ranked": "prompt + responses (a list, best first, or in any order + scores)",
 }
+# Of a row without an answer, which counts only where none is asked for.
+PROMPT = "prompt"
 PAIRED = ("paired", "paired_messages", "paired_implicit")
 UNPAIRED = ("unpaired", "unpaired_messages")
 
@@ -48,11 +50,15 @@ class RawExample:
   scores: tuple[float, ...] = ()
 
 
-def detect_format(row: dict) -> str:
+def detect_format(row: dict, bare: bool = False) -> str:
   """The name in `FORMATS` that the row's keys (and little else) show.
 
   Values are not judged: a null `prompt` is still a `paired` row, and
   `to_example` says what is wrong with it.
+
+  Args:
+    row: as read.
+    bare: whether a row of a prompt alone will do, which is called `PROMPT`.
 
   Raises:
     DataError: no shape fits; lists the accepted ones and the keys found.
@@ -78,6 +84,8 @@ def detect_format(row: dict) -> str:
   asked = "prompt" in row or "instruction" in row
   if asked and any(key in row for key in _RANKED_KEYS):
     return "ranked"
+  if asked and bare:
+    return PROMPT
   keys = ", ".join(map(str, row)) or "none"
   shapes = "; ".join(FORMATS.values())
   raise DataError(
@@ -98,6 +106,8 @@ def to_example(row: dict, fmt: str) -> RawExample:
   if fmt == "ranked":
     prompt, responses, scores = _ranking(row)
     return RawExample(prompt, responses, None, subset, scores)
+  if fmt == PROMPT:
+    return RawExample(_prompt(row), (), None, subset)
   desirable = _label(row) if fmt in UNPAIRED else None
   prompt, response = _single(row)
   return RawExample(prompt, (response,), desirable, subset)
@@ -135,6 +145,14 @@ def _single(row: dict) -> tuple[Text, Text]:
   if isinstance(row["prompt"], list):
     return values.messages(row, "prompt"), values.answer(row, "completion")
   return values.string(row, "prompt"), values.string(row, "completion")
+
+
+def _prompt(row: dict) -> Text:
+  if "prompt" not in row:
+    return _instruction_prompt(row)
+  if isinstance(row["prompt"], list):
+    return values.messages(row, "prompt")
+  return values.string(row, "prompt")
 
 
 def _ranking(row: dict) -> tuple[Text, tuple[Text, ...], tuple[float, ...]]:

@@ -60,7 +60,8 @@ _SMALL = (
 )
 # In the table of the run, whose machine they tell of, and in no chart.
 _TABLED = {
-  "tokens_per_second", "mfu", "data_wait", "goodput", "peak_memory_bytes"
+  "tokens_per_second", "mfu", "data_wait", "goodput", "peak_memory_bytes",
+  "rollout_seconds", "update_seconds",
 }  # fmt: skip
 
 

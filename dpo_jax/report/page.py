@@ -30,6 +30,8 @@ _SPEED = {
   "mfu": ("Of the devices' peak FLOP/s (MFU)", "{:.1%}", 1),
   "data_wait": ("Of the time in steps waiting for data", "{:.1%}", 1),
   "goodput": ("Of the time since its start in steps", "{:.1%}", 1),
+  "rollout_seconds": ("Seconds of a step that answers took", "{:,.3g}", 1),
+  "update_seconds": ("Seconds of a step that updates took", "{:,.3g}", 1),
   "peak_memory_bytes": ("Memory of the fullest device", "{:.2f} GiB", 2**-30),
 }
 _PAGE = Template("""<!doctype html><html lang="en"><head><meta charset="utf-8">

@@ -1,0 +1,77 @@
+"""GRPO: rewards compared within the answers to a prompt, no value model."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import losses
+from dpo_jax.batch import Batch
+from dpo_jax.config import Online
+from dpo_jax.online.rollout import Rollout
+from dpo_jax.online.updates import Given, mean_of
+from dpo_jax.score import Score
+from dpo_jax.train_step import Sums
+
+
+def prepare(
+  settings: Online, rollout: Rollout, known: dict[str, np.ndarray], price: Any
+) -> tuple[dict[str, np.ndarray], Sums, None]:
+  """What an update is given of each token, [N G R], and metrics.
+
+  A group with an answer that has no reward has no part in the updates.
+  """
+  whole = rollout.valid.all(axis=1, keepdims=True)
+  rewards = np.where(whole, rollout.scores, 0).astype(np.float32)
+  advantages = np.asarray(losses.group_advantages(rewards, settings.scale))
+  deviation = rewards.std(axis=1, ddof=1)
+  equal = (rewards == rewards[:, :1]).all(axis=1)
+  given = {
+    "old": known["old"],
+    "advantages": np.broadcast_to(advantages[..., None], known["old"].shape),
+    "mask": (rollout.mask & whole[..., None]).astype(np.float32),
+    "lengths": np.broadcast_to(rollout.lengths[..., None], known["old"].shape),
+  }
+  if "reference" in known:
+    given["reference"] = known["reference"]
+  return given, {
+    "reward_std": mean_of(deviation, whole[:, 0]),
+    "frac_reward_zero_std": mean_of(equal, whole[:, 0]),
+  }, None  # fmt: skip
+
+
+def objective(
+  params: Any, frozen: Any, batch: Batch, given: Given, count: Any,
+  *, score: Score, join: Any, settings: Online,
+) -> tuple[Any, Sums]:  # fmt: skip
+  """`losses.grpo` over the tokens of a part of a minibatch."""
+  o, logps = settings, score.tokens(join(frozen, params), batch)
+  out = losses.grpo(
+    logps, given["old"], given.get("reference"), given["advantages"],
+    beta=o.kl, clip_low=o.clip, clip_high=o.clip_high or o.clip,
+  )  # fmt: skip
+  own = _reduced(out.loss, given, settings)
+  sums = losses.reduce(out, given["mask"])
+  return own.total / count, sums | {"loss": own}
+
+
+def count(given: Given, *, settings: Online) -> Any:
+  """What the loss of a minibatch is divided by."""
+  return _reduced(jnp.zeros(given["old"].shape), given, settings).count
+
+
+def _reduced(loss, given, settings):
+  return losses.token_sums(
+    loss, given["mask"], given["lengths"],
+    reduction=settings.reduction, max_tokens=settings.max_tokens,
+  )  # fmt: skip
+
+
+def functions(score: Score, join: Any, settings: Online) -> tuple[Any, ...]:
+  """`prepare`, `objective` and `count` with everything fixed."""
+  return (
+    functools.partial(prepare, settings),
+    functools.partial(objective, score=score, join=join, settings=settings),
+    functools.partial(count, settings=settings),
+  )
