@@ -28,6 +28,11 @@ def check(config: Config, *, visible: bool = False) -> str:
     UserError: one line for what is missing or does not fit.
   """
   d, loss = config.data, config.make_loss()
+  if config.online.method:
+    raise ConfigError(
+      f"config.online.method={config.online.method!r} reads prompts alone; look"
+      " at them with --dry_run of scripts/train.py"
+    )
   if not d.source:
     raise ConfigError("config.data.source is empty; name a file or TFDS folder")
   tokenizer = load_tokenizer(

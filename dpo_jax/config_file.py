@@ -39,6 +39,7 @@ def on_quickstart(config: ml_collections.ConfigDict, root: str) -> None:
   config.data.row_counts = 1
   config.online.reward = "dpo_jax.data.corpus:true_reward"
   config.online.max_tokens = 48
+  config.online.missing_end = 1.0
   config.optim.schedule = "constant"
   config.optim.warmup = 0.0
   config.train.eval_batch_size = 200

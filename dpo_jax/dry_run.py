@@ -7,7 +7,7 @@ import numpy as np
 
 from dpo_jax import memory, trainable
 from dpo_jax.config import Config, flatten
-from dpo_jax.run import Run
+from dpo_jax.online import OnlineRun, make_run
 
 
 def render_config(config: Config) -> str:
@@ -21,16 +21,16 @@ def render_config(config: Config) -> str:
 
 
 def describe(config: Config) -> str:
-  """Builds everything but the weights, compiles the step, runs none of it."""
-  run = Run(config)
+  """Builds everything but the weights, compiles the step, runs none of it. Of
+  an online run, whose rows are not known before, it compiles nothing."""
+  run = make_run(config)
   built, plan = run.built, run.train_plan
-  batch, _ = plan[0]
   n_params = trainable.count(built.abstract["params"])
   trained, _ = run.trainable.split(built.abstract)
   reads = "with a reference" if run.loss.needs_reference else "no reference"
   held_out = len(run.data.held_out) if run.data.held_out else 0
   lines = [
-    f"loss        {run.loss.name} {dict(run.loss.options)}, {reads}",
+    f"loss        {run.method} {dict(run.loss.options)}, {reads}",
     f"model       {config.model.path or 'from scratch'}, {n_params:,}"
     f" parameters, {trainable.count(trained):,} of them trained,"
     f" {config.model.dtype}",
@@ -42,6 +42,11 @@ def describe(config: Config) -> str:
     f"changed     {run.data.reports['train'].get('changed') or 'none'}",
     f"steps       {run.steps} of {plan.batch_size} examples",
     *plan.describe(),
+  ]
+  if isinstance(run, OnlineRun):
+    return "\n".join(lines)
+  batch, _ = plan[0]
+  lines += [
     f"work        {run.ideal_flops(1) / 1e9:,.4g} GFLOP of products for the"
     f" {plan.tokens(0):,} tokens of step 1, at least",
     *memory.render(memory.held(run)),

@@ -43,6 +43,11 @@ def pretend(config: Config) -> int:
 
 def describe(config: Config) -> str:
   """Compiles the step of a run for the devices that `pretend` made."""
+  if config.online.method:
+    raise ConfigError(
+      f"config.online.method={config.online.method!r}: what an online run holds"
+      " is not planned; plan its update as that of a run on pairs"
+    )
   run = Run(config)
   plan, mesh = run.train_plan, run.built.mesh
   rows, row = plan.shapes[-1]

@@ -323,9 +323,11 @@ class Run:
       options["local_rows"] = functools.partial(sharding.local_rows, mesh)
     return Plan(examples, batch_size=batch_size, **options)
 
+  def _abstract_params(self) -> Any:
+    return self.trainable.split(self.built.abstract)[0]
+
   def _abstract_state(self) -> TrainState:
-    mesh = self.built.mesh
-    params, _ = self.trainable.split(self.built.abstract)
+    mesh, params = self.built.mesh, self._abstract_params()
     state = TrainState(
       jax.ShapeDtypeStruct((), jnp.int32),
       params,

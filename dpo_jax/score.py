@@ -82,7 +82,7 @@ class Score:
     """Log-probs of the scored tokens one by one, f32[B S]; what padding holds
     means nothing."""
     hidden, head, _ = self._hidden(variables, batch, False, None)
-    return self._heads(False)(hidden, head, batch.target)[0]
+    return self._heads(False, slack(batch))(hidden, head, batch.target)[0]
 
   def sweeps(self, batch: Batch) -> bool:
     """Whether `objective` is to be had: whether it saves more than tiles that

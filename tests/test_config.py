@@ -108,6 +108,8 @@ def test_an_option_of_another_loss_is_refused():
     ({"optim": {"b1": 1.5}}, ["config.optim.b1=1.5", "[0, 1]"]),
     ({"data": {"row_counts": 0}}, ["config.data.row_counts=0"]),
     ({"model": {"width": 2}}, ["heads=4 should be", "config.model.width=2"]),
+    ({"online": {"method": "pppo"}}, ["online.method='pppo'", "'grpo'"]),
+    ({"online": {"gamma": 1.5}}, ["config.online.gamma=1.5", "[0, 1]"]),
     ({"sample": {"top_p": 1.1}}, ["config.sample.top_p=1.1", "[0, 1]"]),
     ({"sample": {"temperature": -1.0}}, ["config.sample.temperature=-1.0"]),
   ],
@@ -175,6 +177,12 @@ HARMLESS = {
 }  # fmt: skip
 
 
+# Of settings that are one of a few words.
+OTHER_WORDS = {
+  "method": "ppo", "kl_estimator": "k2", "scale": "none", "reduction": "grpo"
+}  # fmt: skip
+
+
 def another(value):
   if isinstance(value, bool):
     return not value
@@ -196,6 +204,8 @@ def test_identity_sees_everything_else():
       if field.name in HARMLESS.get(name, {}):
         continue
       value = another(field.default)
+      if name == "online":
+        value = OTHER_WORDS.get(field.name, value)
       changed = from_dict({name: {field.name: value}}).identity()
       key = f"{name}.{field.name}"
       assert settings.differences(plain, changed).startswith(key), key
@@ -216,7 +226,8 @@ def _aliases(tree, section, cls):
   def is_section(node):
     return isinstance(node, ast.Attribute) and node.attr == section
 
-  names = {"settings"} if cls is settings.Sample else set()
+  handed = cls in (settings.Sample, settings.Online)  # on, as `settings`
+  names = {"settings"} if handed else set()
   for node in ast.walk(tree):
     if not isinstance(node, ast.Assign):
       continue
@@ -229,7 +240,7 @@ def _aliases(tree, section, cls):
         is_mine = is_section(right) or (
           isinstance(right, ast.Attribute)
           and right.attr == "settings"
-          and cls is settings.Sample
+          and handed
         )
         names |= {left.id} if is_mine else set()
   return names

@@ -46,10 +46,11 @@ def objective(
   *, score: Score, join: Any, settings: Online,
 ) -> tuple[Any, Sums]:  # fmt: skip
   """`losses.grpo` over the tokens of a part of a minibatch."""
-  o, logps = settings, score.tokens(join(frozen, params), batch)
+  logps = score.tokens(join(frozen, params), batch)
   out = losses.grpo(
     logps, given["old"], given.get("reference"), given["advantages"],
-    beta=o.kl, clip_low=o.clip, clip_high=o.clip_high or o.clip,
+    beta=settings.kl, clip_low=settings.clip,
+    clip_high=settings.clip_high or settings.clip,
   )  # fmt: skip
   own = _reduced(out.loss, given, settings)
   sums = losses.reduce(out, given["mask"])
@@ -68,8 +69,12 @@ def _reduced(loss, given, settings):
   )  # fmt: skip
 
 
-def functions(score: Score, join: Any, settings: Online) -> tuple[Any, ...]:
-  """`prepare`, `objective` and `count` with everything fixed."""
+def functions(
+  score: Score, value_score: Any, join: Any, settings: Online
+) -> tuple[Any, ...]:
+  """`prepare`, `objective` and `count` with everything fixed; there is no value
+  model."""
+  del value_score
   return (
     functools.partial(prepare, settings),
     functools.partial(objective, score=score, join=join, settings=settings),

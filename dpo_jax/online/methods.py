@@ -41,10 +41,12 @@ class Done(NamedTuple):
 class Scorer:
   """Log-probs and values of the tokens of packed answers."""
 
-  def __init__(self, built: Built):
+  def __init__(self, built: Built, value_score: Any = None):
     self._mesh = built.mesh
     self._run = jax.jit(
-      functools.partial(score_tokens, score=built.score),
+      functools.partial(
+        score_tokens, score=built.score, value_score=value_score
+      ),
       out_shardings=sharding.replicated(built.mesh),
     )
 
@@ -79,6 +81,7 @@ class OfTokens:
     compiled: Compile,
     join: Any,
     tx: Any,
+    value_score: Any = None,
   ):
     """Args:
     config: of the run.
@@ -87,12 +90,15 @@ class OfTokens:
     compiled: makes a program of an update, see `Run`.
     join: (frozen, trained) -> the policy's variables.
     tx: optimizer.
+    value_score: of the value model, see `value.ValueScore`.
     """
     o = config.online
     self._config, self._mesh, self._pack = config, built.mesh, packer
-    self._scorer = Scorer(built)
+    self._scorer = Scorer(built, value_score)
     of = {"ppo": ppo, "grpo": grpo}[o.method]
-    self._prepare, objective, count = of.functions(built.score, join, o)
+    self._prepare, objective, count = of.functions(
+      built.score, value_score, join, o
+    )
     self._join = join
     self._update = compiled(
       functools.partial(

@@ -24,8 +24,11 @@ def prepare(
 
   An answer without a reward has no part in the updates.
   """
-  o, valid = settings, rollout.valid
-  adapts, price = price is not None, float(o.kl if price is None else price)
+  valid = rollout.valid
+  adapts, price = (
+    price is not None,
+    float(settings.kl if price is None else price),
+  )
   mask = rollout.mask & valid[..., None]
   flat = lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:])
   found = _advantages(
@@ -53,7 +56,7 @@ def prepare(
   if adapts:
     mean = mean_of(kl, valid).mean()
     price = losses.adapt(
-      price, mean, o.kl_target, o.kl_horizon, int(valid.sum())
+      price, mean, settings.kl_target, settings.kl_horizon, int(valid.sum())
     )
   return given, sums, np.float32(price) if adapts else None
 
@@ -63,32 +66,32 @@ def _advantages(
   scores, lengths, mask, price, old, reference, values, *, settings
 ):
   """Advantages, returns and the price of each token, f32[N R]."""
-  o, nothing = settings, jnp.zeros_like(scores)
+  nothing = jnp.zeros_like(scores)
   shape = functools.partial(
     losses.shaped_rewards,
     logps=old, reference_logps=reference, lengths=lengths, coefficient=price,
-    kind=o.kl_estimator,
+    kind=settings.kl_estimator,
   )  # fmt: skip
   rewards = jnp.where(mask, shape(scores), 0.0)
-  if o.whiten_rewards:
+  if settings.whiten_rewards:
     rewards = losses.whiten(rewards, mask, shift_mean=False)
   advantages, returns = losses.gae(
-    rewards, values, mask, gamma=o.gamma, lam=o.lam
+    rewards, values, mask, gamma=settings.gamma, lam=settings.lam
   )
-  if o.whiten:
+  if settings.whiten:
     advantages = losses.whiten(advantages, mask)
   return advantages, returns, shape(nothing)
 
 
 def objective(
   params: Any, frozen: Any, batch: Batch, given: Given, count: Any,
-  *, score: Score, join: Any, settings: Online,
+  *, score: Score, value_score: Any, join: Any, settings: Online,
 ) -> tuple[Any, Sums]:  # fmt: skip
   """`losses.ppo_policy` and `losses.ppo_value` over the tokens of a part of a
   minibatch."""
   policy = {name: x for name, x in params.items() if name != VALUE}
   logps = score.tokens(join(frozen, policy), batch)
-  values = score.values({"params": params[VALUE]}, batch)
+  values = value_score({"params": params[VALUE]}, batch)
   of_policy = losses.ppo_policy(
     logps, given["old"], given["advantages"], clip=settings.clip
   )
@@ -113,10 +116,12 @@ def count(given: Given) -> Any:
   return given["mask"].sum()
 
 
-def functions(score: Score, join: Any, settings: Online) -> tuple[Any, ...]:
+def functions(
+  score: Score, value_score: Any, join: Any, settings: Online
+) -> tuple[Any, ...]:
   """`prepare`, `objective` and `count` with everything fixed."""
-  return (
-    functools.partial(prepare, settings),
-    functools.partial(objective, score=score, join=join, settings=settings),
-    count,
-  )
+  fixed = functools.partial(
+    objective,
+    score=score, value_score=value_score, join=join, settings=settings,
+  )  # fmt: skip
+  return functools.partial(prepare, settings), fixed, count

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from dpo_jax import processes
+from dpo_jax import processes, reward_model
 from dpo_jax.answers import load_reward
 from dpo_jax.build import Built
 from dpo_jax.config import Online
@@ -29,13 +28,13 @@ class Rewards:
       UserError: it cannot be had.
     """
     self._tokenizer = built.tokenizer
-    self._function = self._model = None
+    self._function = self.model = None
     self._name = f"config.online.reward={settings.reward!r}"
     if settings.reward:
       self._function = load_reward(settings.reward, "online.reward")
     else:
       self._name = f"config.online.reward_model={settings.reward_model!r}"
-      self._model = load_model(settings.reward_model, built)
+      self.model = reward_model.load(settings.reward_model, built)
 
   def __call__(
     self, prompts: Sequence[Ids], responses: Sequence[Ids]
@@ -45,8 +44,8 @@ class Rewards:
     Raises:
       ConfigError: not one of them has a reward; says why the first has none.
     """
-    if self._model:
-      found = np.asarray(self._model(prompts, responses), np.float32)
+    if self.model:
+      found = np.asarray(self.model(prompts, responses), np.float32)
       why = "not a number"
     else:
       values, why = processes.lead(lambda: self._ask(prompts, responses))
@@ -74,10 +73,3 @@ class Rewards:
       values.append(value)
       why = why or wrong
     return values, why
-
-
-def load_model(path: str, built: Built) -> Any:
-  """(prompts, responses) -> f32[N] of a trained reward model."""
-  from dpo_jax import reward_model
-
-  return reward_model.load(path, built)

@@ -1,5 +1,6 @@
 """A run whose data are its policy's own answers."""
 
+import functools
 import math
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from dpo_jax.build import Data, load_data
 from dpo_jax.config import Config
 from dpo_jax.decode import bucket
 from dpo_jax.models import hf
+from dpo_jax.online import value
 from dpo_jax.online.held_out import TRAINING, HeldOut
 from dpo_jax.online.methods import Done, OfPairs, OfTokens, Scorer
 from dpo_jax.online.objective import Objective
@@ -19,6 +21,7 @@ from dpo_jax.online.packing import Packer
 from dpo_jax.online.prompts import PromptPlan, Used
 from dpo_jax.online.rewards import Rewards
 from dpo_jax.online.rollout import Roller, Rollout
+from dpo_jax.online.updates import VALUE
 from dpo_jax.online_checks import answers, check_online
 from dpo_jax.run import Run, router_balance
 from dpo_jax.train_step import Sums, TrainState
@@ -39,6 +42,10 @@ class OnlineRun(Run):
     """What summary and report call it."""
     name = self.config.online.method
     return f"online {self.loss.name}" if name == "pairs" else name
+
+  def policy(self, frozen: Any, params: Any) -> Any:
+    """As of `Run`, without the value model."""
+    return super().policy(frozen, _without_value(params))
 
   def identity(self) -> dict[str, Any]:
     """As of `Run`, and which reward model it is."""
@@ -109,6 +116,47 @@ class OnlineRun(Run):
       shapes=self.config.data.row_counts,
     )
 
+  @functools.cached_property
+  def _value(self) -> Any | None:
+    """The value model, of a method that has one."""
+    has_one = self.config.online.method == "ppo"
+    return value.value_model(self.built) if has_one else None
+
+  def _load_params(self) -> tuple[Any, Any]:
+    params, frozen = super()._load_params()
+    if self._value:
+      path = self.config.online.reward_model
+      start = value.start(
+        self._value, self.policy(frozen, params), self._rewards.model, path
+      )
+      places = jax.tree.map(
+        lambda x: x.sharding, self.abstract_state.params[VALUE]
+      )
+      params = params | {VALUE: jax.device_put(start, places)}
+    return params, frozen
+
+  def load_reference(self, start: Any, frozen: Any) -> Any | None:
+    """As of `Run`."""
+    return super().load_reference(_without_value(start), frozen)
+
+  def _abstract_params(self) -> Any:
+    params = super()._abstract_params()
+    if self._value:
+      init = self._value.init_variables
+      params = params | {
+        VALUE: jax.eval_shape(init, jax.random.key(0))["params"]
+      }
+    return params
+
+  def _factors(self) -> Any:
+    factors = super()._factors()
+    if factors is None or not self._value:
+      return factors
+    ones = jax.tree.map(
+      lambda x: np.ones((), np.float32), self._abstract_params()[VALUE]
+    )
+    return factors | {VALUE: ones}
+
   def _make_optimizer(self, options: dict[str, Any]) -> Any:
     """The schedule goes by steps, and a step has several updates."""
     o = self.config.online
@@ -121,7 +169,8 @@ class OnlineRun(Run):
 
   def _make_step(self) -> Any:
     config, built = self.config, self.built
-    self._roller = Roller(config, built, Rewards(config.online, built))
+    self._rewards = Rewards(config.online, built)
+    self._roller = Roller(config, built, self._rewards)
     shared = config, built
     common = self._compiled, self.trainable.join, self.tx
     if config.online.method == "pairs":
@@ -135,7 +184,8 @@ class OnlineRun(Run):
         microbatches=config.train.microbatches,
       )  # fmt: skip
     else:
-      self._updates = OfTokens(*shared, self._packer, *common)
+      score = self._value and value.ValueScore(self._value)
+      self._updates = OfTokens(*shared, self._packer, *common, score)
     return self._one_step
 
   def _one_step(
@@ -169,6 +219,10 @@ class OnlineRun(Run):
 def make_run(config: Config) -> Run:
   """The run that a config asks for."""
   return OnlineRun(config) if config.online.method else Run(config)
+
+
+def _without_value(params: Any) -> Any:
+  return {name: x for name, x in params.items() if name != VALUE}
 
 
 def _used(rollout: Rollout, done: Done, seconds: float) -> Used:

@@ -62,6 +62,7 @@ def score_tokens(
   batch: Batch,
   *,
   score: Score,
+  value_score: Callable[[Variables, Batch], jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
   """f32[B S] of each model there is: log-probs "old" and "reference", and
   "values"."""
@@ -71,7 +72,7 @@ def score_tokens(
   if reference is not None:
     found["reference"] = score.tokens(reference, batch)
   if value is not None:
-    found["values"] = score.values({"params": value}, batch)
+    found["values"] = value_score({"params": value}, batch)
   return found
 
 

@@ -17,6 +17,7 @@ import ml_collections
 from dpo_jax.config import Config, flatten, from_dict
 from dpo_jax.errors import ConfigError, UserError
 from dpo_jax.loss_checks import check_loss
+from dpo_jax.online_checks import check_online
 
 FUNCTION = "get_sweep"
 _NAME_LENGTH = 80  # most characters of what comes before the hash
@@ -115,6 +116,7 @@ def _run(base: ml_collections.ConfigDict, override: Any) -> SweepRun:
       raise ConfigError(f"{key}={value!r}: {text}") from e
   typed = from_dict(config.to_dict())
   check_loss(typed, typed.make_loss())
+  check_online(typed)
   set_to = flatten(config.to_dict())
   override = {key: set_to[key] for key in override}
   return SweepRun(_identifier(typed, override), override, typed)
