@@ -1,5 +1,5 @@
-"""Whole online runs: they learn, they stop and go on, and what a reward function
-does to them."""
+"""Whole online runs: they learn, they stop and go on, and what becomes of
+rewards that fail."""
 
 import dataclasses
 import math
