@@ -46,7 +46,7 @@ def vowels(prompt, response):
 
 def moody(prompt, response):
   """As `vowels`, but some answers break it and some are worth nothing."""
-  kind = len(response) % 3
+  kind = sum(map(ord, response)) % 3
   if kind == 0:
     raise ValueError("no\nopinion")
   return float("nan") if kind == 1 else vowels(prompt, response)

@@ -182,12 +182,15 @@ def test_rewards_are_asked_for_text_and_failures_are_not_a_number(built):
   encode = lambda text: built.tokenizer.encode([text])[0]
   prompts = [[built.tokenizer.bos_id, *encode("Q: x")]] * 3
   ends = [built.tokenizer.eos_id]
-  texts = ["ae", "abc", "a"]  # of lengths that `moody` takes each another way
+  texts = ["b", "abc", "a"]
   responses = [[*encode(text), *ends] for text in texts]
   found = rewards(built, "vowels")(prompts, responses)
-  np.testing.assert_allclose(found, [1, 1 / 3, 1], rtol=1e-6)
-  found = rewards(built, "moody")(prompts, responses)
-  np.testing.assert_array_equal(found, np.float32([1, NAN, NAN]))
+  np.testing.assert_allclose(found, [0, 1 / 3, 1], rtol=1e-6)
+  found = rewards(built, "moody")(prompts, responses)  # codes say which fails
+  codes = np.array([sum(map(ord, text)) % 3 for text in texts])
+  assert set(codes) > {2} and (np.isnan(found) == (codes < 2)).all()
+  scored = rewards(built, "never")(prompts, responses, strict=False)
+  assert np.isnan(scored).all()
   with pytest.raises(ConfigError, match=r"all 3 answers.* ValueError: no opin"):
     rewards(built, "never")(prompts, responses)
   # An answer of an end alone is an empty text.
@@ -203,7 +206,7 @@ def read(tmp_path, lines, kind="prompts"):
   path = tmp_path / "rows.jsonl"
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   settings = EncodeSettings(max_length=64, kind=kind)
-  return load_examples(str(path), "", load_tokenizer("bytes"), settings)
+  return load_examples(str(path), "train", load_tokenizer("bytes"), settings)
 
 
 def test_prompts_are_read_from_rows_of_any_shape(tmp_path):

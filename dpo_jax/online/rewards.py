@@ -37,12 +37,16 @@ class Rewards:
       self.model = reward_model.load(settings.reward_model, built)
 
   def __call__(
-    self, prompts: Sequence[Ids], responses: Sequence[Ids]
+    self,
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    strict: bool = True,
   ) -> np.ndarray:
     """Scores answers, given as token ids.
 
     Raises:
-      ConfigError: not one of them has a reward; says why the first has none.
+      ConfigError: strict, and not one of them has a reward; says why the first
+        has none.
     """
     if self.model:
       found = np.asarray(self.model(prompts, responses), np.float32)
@@ -51,7 +55,7 @@ class Rewards:
       values, why = processes.lead(lambda: self._ask(prompts, responses))
       found = np.array(values, np.float32)
     found = np.where(np.isfinite(found), found, np.float32(np.nan))
-    if np.isnan(found).all():
+    if strict and np.isnan(found).all():
       raise ConfigError(
         f"{self._name} failed on all {len(found)} answers of a step; on the"
         f" first: {why}"

@@ -69,6 +69,7 @@ class Roller:
     members: np.ndarray,
     answers: int,
     *number: int,
+    strict: bool = True,
   ) -> Rollout:
     """Answers some prompts.
 
@@ -78,9 +79,10 @@ class Roller:
       members: which they are, i64[N].
       answers: G, to each of them.
       *number: says, with the seed of the run, which random numbers to take.
+      strict: whether one of the answers must have a reward.
 
     Raises:
-      ConfigError: no answer at all has a reward.
+      ConfigError: strict, and none has.
     """
     begun = time.perf_counter()
     prompts = [np.asarray(examples.prompt(i)) for i in members]
@@ -89,9 +91,8 @@ class Roller:
     tokens, logps, lengths = self._sampler(policy, asked, int(seed))
     last = np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     ended = np.isin(last, self._stops)
-    scores = self._rewards(
-      asked, [row[:n] for row, n in zip(tokens, lengths, strict=True)]
-    )
+    responses = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+    scores = self._rewards(asked, responses, strict)
     scores = scores - np.float32(self._missing_end) * ~ended
     shape = len(prompts), answers
     return Rollout(
