@@ -44,7 +44,9 @@ class HeldOut:
       if interrupted():
         return None
       members = plan.members(s)
-      rollout = self._roller(policy, plan.examples, members, 1, EVALUATION, s)
+      rollout = self._roller(
+        policy, plan.examples, members, 1, EVALUATION, s, strict=False
+      )
       packed = self._pack(
         rollout.prompts, rollout.responses, range(len(members))
       )
