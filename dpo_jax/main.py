@@ -70,6 +70,8 @@ def run(
     sys.stdout.flush()  # or Python would at its end, past what follows
 
   with guard(goes_on=goes_on):
+    # As `python -m` has it: config files and reward functions may lie there.
+    sys.path.append(os.getcwd())
     app.run(guarded, flags_parser=_parse)
 
 

@@ -56,6 +56,28 @@ def environment():
   }
 
 
+@pytest.mark.parametrize("config", ["configs/reward.py:quickstart", "mine.py"])
+def test_a_config_may_import_what_lies_where_the_command_is_run(
+  config, tmp_path
+):
+  (tmp_path / "only").mkdir()  # no more of the checkout than is installed
+  (tmp_path / "only" / "dpo_jax").symlink_to(ROOT / "dpo_jax")
+  (tmp_path / "mine.py").write_text("import other\nget_config = other.get\n")
+  (tmp_path / "other.py").write_text(
+    "from dpo_jax.config_file import defaults\n"
+    "def get():\n  return defaults(loss='ipo')\n"
+  )
+  script = str(ROOT / "scripts" / "train.py")
+  done = subprocess.run(
+    [sys.executable, script, f"--config={config}", "--print_config"],
+    env=environment() | {"PYTHONPATH": str(tmp_path / "only")},
+    cwd=tmp_path if config == "mine.py" else ROOT,
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "--config.loss.name=" in done.stdout
+
+
 def run(*argv, stdin="", status=0):
   """Runs a script of the repository; returns its standard output."""
   done = subprocess.run(
