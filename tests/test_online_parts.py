@@ -78,6 +78,15 @@ def test_the_largest_shape_holds_whatever_comes_and_the_first_fit_is_taken():
     assert batch.weights.sum() == 5
 
 
+def test_rows_of_one_answer_a_prompt_have_no_room_for_a_second():
+  pack = Packer(5, 1, longest_prompt=9, max_tokens=ROOM, shapes=1)
+  full = [[np.arange(ROOM, dtype=np.int32)]] * 5
+  batch = pack([np.arange(9, dtype=np.int32)] * 5, full, range(5)).batch
+  assert (batch.key_end > 0).sum() == 5 * (9 - 1 + ROOM)
+  assert batch.tokens.size < 5 * (9 - 1 + ROOM) + 16
+  assert batch.slot.size < 5 * ROOM + 8
+
+
 def test_log_probs_of_tokens_add_up_to_those_of_answers(answered):
   config = small_config(CORPUS)
   built = build(config)

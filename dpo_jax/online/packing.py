@@ -74,13 +74,14 @@ class Packer:
     shapes: how many there are.
     """
     k = max(2, answers)
-    cost = int(token_cost(longest_prompt, *[max_tokens] * k))
+    longest = [max_tokens] * answers + [0] * (k - answers)
+    cost = int(token_cost(longest_prompt, *longest))
     least = max(
       -(-prompts // MAX_EXAMPLES), -(-prompts * cost // max(ROW_LIMIT, cost))
     )
     rows = -(-least // rows_multiple) * rows_multiple
     self.most = -(-prompts // rows)  # prompts a row
-    tokens, scored = self.most * cost, self.most * k * max_tokens
+    tokens, scored = self.most * cost, self.most * sum(longest)
     self.shapes = tuple(
       BatchShape(
         rows,
