@@ -11,6 +11,7 @@ batch. An example that no tile holds is scored first, and its logits are
 computed again.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,9 +45,9 @@ def one_sweep(
   """The objective as a function of hidden states and head.
 
   Args:
-    objective: a sum over examples, each by itself. Called with some of them as
-      a row of their own; of their batch it may read `lengths`, `weights` and
-      `desirable`.
+    objective: a sum over examples, each by itself. Called with some rows of
+      the batch, in which the weights of others are 0; of the batch it may read
+      `lengths`, `weights` and `desirable`.
     summed: (token log-probs f32[B S], rows of the batch, squares f32[B S] or
       None) -> scores; of the batch it may read `slot` and `lengths`.
     tile: most scored tokens whose logits are alive at once.
@@ -71,19 +72,21 @@ def one_sweep(
       logits, lse, values = logps.score_tile(h, head, y, cap, confidence)
       return values, (h, y, logits, lse)
 
-    def judge(begin, first, stop, values):
+    def judge(first, stop, values):
       """Sums of some examples, and their gradient by token log-probs f32[N]."""
-      batch, reference = packed.part(begin, first, stop, values[0].shape[0])
-      tokens, *squares = (x[None] for x in values)
+      rows = packed.rows_of(first, stop)
+      # Whole rows, so that tokens are added up in the order they are elsewhere.
+      tokens, *squares = (rows.lay(x) for x in values)
 
       def total(tokens):
-        scores = summed(tokens, batch, squares[0] if squares else None)
-        return objective(scores, reference, batch, given.everywhere)
+        scores = summed(tokens, rows.batch, squares[0] if squares else None)
+        return objective(scores, rows.reference, rows.batch, given.everywhere)
 
       if not (by_hidden or by_head):
         return total(tokens), None
       out, pull_back, more = jax.vjp(total, tokens, has_aux=True)
-      return (out, more), pull_back(jnp.ones_like(out))[0][0]
+      (g,) = pull_back(jnp.ones_like(out))
+      return (out, more), rows.take(g, len(values[0]))
 
     def pull_back(at, scored, g, dhidden, dhead):
       h, y, logits, lse = scored
@@ -97,7 +100,7 @@ def one_sweep(
     def in_a_tile(first, sums, gradients):
       begin, stop = packed.group(first)
       values, scored = score(begin)
-      more, g = judge(begin, first, stop, values)
+      more, g = judge(first, stop, values)
       if g is not None:
         gradients = pull_back(begin, scored, g, *gradients)
       return stop, jax.tree.map(jnp.add, sums, more), gradients
@@ -116,7 +119,7 @@ def one_sweep(
 
       values = (jnp.zeros(packed.room, jnp.float32),) * (1 + confidence)
       values = jax.lax.fori_loop(0, tiles, fill, values)
-      more, g = judge(begin, first, first + 1, values)
+      more, g = judge(first, first + 1, values)
       if g is not None:
 
         def again(j, gradients):
@@ -132,7 +135,7 @@ def one_sweep(
       jnp.zeros(head.shape, jnp.float32) if by_head else None,
     )
     none = jnp.zeros(size, jnp.float32)
-    sums = jax.eval_shape(judge, 0, 0, 0, (none,) * (1 + confidence))[0]
+    sums = jax.eval_shape(judge, 0, 0, (none,) * (1 + confidence))[0]
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     if packed.one:
       _, sums, gradients = in_a_tile(0, sums, gradients)
@@ -185,17 +188,15 @@ class _Packed:
 
   def __init__(self, given: Given, scored: int, tile: int):
     lengths = given.batch.lengths  # i32[B M K]
-    rows, places, self._branches = lengths.shape
+    rows, places, _ = lengths.shape
     self._given, self._scored = given, scored
     self.size = logps.tiling(rows * scored, tile, slack(given.batch))[1]
     self.one = rows * scored <= self.size
     # Tokens that the longest example may have, in whole tiles.
     self.room = -(-scored // self.size) * self.size
     self._behind = 0 if self.one else self.room
-    # Examples of one tile: twice what it has if all are alike.
-    examples = rows * places
-    share = -(-examples * self.size // (rows * scored))
-    self._some = examples if self.one else min(examples, max(8, 2 * share))
+    # Rows that a tile may touch.
+    self._rows = min(rows, math.ceil((self.size - 1) / scored) + 1)
     tokens = lengths.sum(axis=2)
     ends = jnp.cumsum(tokens, axis=1) + scored * jnp.arange(rows)[:, None]
     self.ends = ends.reshape(-1)
@@ -204,10 +205,7 @@ class _Packed:
     self.long = tokens > self.size
     self.longest = jnp.argsort(~self.long)  # those first
     self.short = (tokens > 0) & ~self.long
-    self._index = jnp.arange(examples)
-    slot, slots = given.batch.slot, places * self._branches
-    slot = jnp.where(slot < slots, slot + slots * jnp.arange(rows)[:, None], -1)
-    self._slot = self.flat(slot)
+    self._index = jnp.arange(rows * places)
 
   def flat(self, x: jax.Array) -> jax.Array:
     """[B S ...] -> [N ...], and room for a slice that begins anywhere."""
@@ -227,7 +225,6 @@ class _Packed:
     holds."""
     begin = self.starts[first]
     over = (self.ends > begin + self.size) | self.long
-    over |= self._index >= first + self._some
     over &= self._index > first
     stop = jnp.where(over.any(), jnp.argmax(over), len(self._index))
     return begin, stop
@@ -236,29 +233,44 @@ class _Packed:
     tokens = self.ends[example] - self.starts[example]
     return -(-tokens // self.size)
 
-  def part(
-    self, begin: Any, first: Any, stop: Any, room: int
-  ) -> tuple[Batch, Scores | None]:
-    """The examples [first, stop), as a row whose scored tokens are those from
-    `begin` on, and what the reference says of them."""
-    at = jnp.minimum(first, len(self._index) - self._some)
-    index = at + jnp.arange(self._some)
-    here = (index >= first) & (index < stop)
+  def rows_of(self, first: Any, stop: Any) -> "_Rows":
+    """The rows in which the examples [first, stop) of a tile lie."""
+    batch, reference = self._given[:2]
+    rows, places, _ = batch.lengths.shape
+    row = jnp.minimum(first // places, rows - self._rows)
 
     def some(x):
-      x = x.reshape(-1, *x.shape[2:])
-      return jax.lax.dynamic_slice_in_dim(x, at, self._some)[None]
+      return jax.lax.dynamic_slice_in_dim(x, row, self._rows)
 
-    slot = jax.lax.dynamic_slice_in_dim(self._slot, begin, room)
-    slot -= at * self._branches
-    nowhere = self._some * self._branches
-    mine = begin + jnp.arange(room) < self.ends[stop - 1]
-    mine &= (slot >= 0) & (slot < nowhere)
-    batch, reference = self._given[:2]
+    index = some(self._index.reshape(rows, places))
+    mine = (index >= first) & (index < stop)
     part = Batch(*(None,) * len(Batch._fields))._replace(
-      slot=jnp.where(mine, slot, nowhere)[None],
+      slot=some(batch.slot),
       lengths=some(batch.lengths),
-      weights=jnp.where(here, some(batch.weights), 0.0),
+      weights=jnp.where(mine, some(batch.weights), 0.0),
       desirable=some(batch.desirable),
     )
-    return part, jax.tree.map(some, reference)
+    begin = self.starts[first] - row * self._scored
+    return _Rows(part, jax.tree.map(some, reference), begin)
+
+
+class _Rows(NamedTuple):
+  """Some rows of a batch: of others than the examples asked for, the weights
+  are 0 and the scores mean nothing."""
+
+  batch: Batch
+  reference: Scores | None
+  begin: jax.Array  # where the first example begins, in the rows end to end
+
+  def lay(self, tokens: jax.Array) -> jax.Array:
+    """Values of tokens from the first example on, f[N], at their place in the
+    rows, f[B S]."""
+    shape = self.batch.slot.shape
+    rows = jnp.zeros(math.prod(shape) + len(tokens), tokens.dtype)
+    rows = jax.lax.dynamic_update_slice(rows, tokens, (self.begin,))
+    return rows[: math.prod(shape)].reshape(shape)
+
+  def take(self, rows: jax.Array, tokens: int) -> jax.Array:
+    """Values of the N tokens from the first example on, f[B S] -> f[N]."""
+    rows = jnp.pad(rows.reshape(-1), (0, tokens))
+    return jax.lax.dynamic_slice(rows, (self.begin,), (tokens,))

@@ -59,7 +59,8 @@ def swept(sweep, params, batch, moves):
 
   def objective(scores, reference, batch, factor):
     total = (jnp.tanh(scores.logps) * batch.weights[..., None]).sum()
-    return factor * total, {"logps": scores.logps.sum()}
+    weighted = scores.logps * batch.weights[..., None]
+    return factor * total, {"logps": weighted.sum()}
 
   hidden = jax.random.normal(jax.random.key(0), (*batch.target.shape, 16))
   head = params["params"]["unembed"]
@@ -137,13 +138,25 @@ def test_a_tile_ends_where_an_example_would_not_fit():
   while packed.left(first):
     first = int(packed.next(first))
     begin, stop = packed.group(first)
-    part, _ = packed.part(begin, first, stop, packed.size)
+    rows = packed.rows_of(first, stop)
     mine = np.arange(first, int(stop))
-    assert int(part.weights.sum()) == (tokens.reshape(-1)[mine] > 0).sum()
-    slots = np.bincount(part.slot[0], minlength=2 * part.weights.size + 1)
-    here = np.asarray(part.weights[0] > 0).repeat(2)
-    expected = np.asarray(part.lengths).reshape(-1) * here
-    np.testing.assert_array_equal(slots[:-1], expected)
+    there = tokens.reshape(-1)[mine] > 0
+    assert int(rows.batch.weights.sum()) == there.sum()
+    np.testing.assert_array_equal(
+      rows.batch.lengths[rows.batch.weights > 0],
+      batch.lengths.reshape(-1, 2)[mine[there]],
+    )
+    # Slots as the batch has them, at the tokens of these examples.
+    flat = np.arange(int(begin), int(begin) + packed.size, dtype=np.int32)
+    places = np.where(flat < batch.slot.size, flat, 0)
+    slots = rows.take(rows.batch.slot, packed.size)
+    inside = flat < int(packed.ends[stop - 1])
+    np.testing.assert_array_equal(
+      slots[inside], batch.slot.reshape(-1)[places][inside]
+    )
+    np.testing.assert_array_equal(
+      rows.take(rows.lay(flat), packed.size)[inside], flat[inside]
+    )
     end = int(packed.ends[stop - 1])
     assert end - begin <= packed.size
     later = [e for e in range(int(stop), tokens.size) if packed.short[e]]
