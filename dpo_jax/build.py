@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -50,15 +51,19 @@ class Built(NamedTuple):
   lora: Lora | None = None  # adapters of the policy, `lora` in its variables
 
 
-def build(config: Config) -> Built:
+def build(config: Config, devices: Sequence[Any] | None = None) -> Built:
   """Reads the tokenizer and the model's config; loads no weights. For a loss
   that reads scores it is a reward model, whatever head the folder has.
+
+  Args:
+    config: of the run.
+    devices: of the mesh; all of jax if None.
 
   Raises:
     ConfigError, CheckpointError, DataError: one line each, for what it is.
   """
   c = config.model
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = sharding.make_mesh(**vars(config.mesh), devices=devices)
   tokenizer = load_tokenizer(c.tokenizer or c.path or "bytes")
   if c.path:
     family, shape = hf.read_config(os.path.expanduser(c.path))
@@ -75,7 +80,7 @@ def build(config: Config) -> Built:
     compute = family.Compute(
       dtype=_dtype("model.dtype", c.dtype),
       param_dtype=_dtype("model.param_dtype", c.param_dtype),
-      remat=c.remat,
+      remat=_remat(c),
       attention=c.attention,
       **pins.for_model(),
       **({"unpack_weights": quantize.unpack} if c.quantize else {}),
@@ -117,13 +122,34 @@ def build(config: Config) -> Built:
     pack = functools.partial(quantize.pack, kind=c.quantize)
     abstract["params"] = jax.eval_shape(pack, abstract["params"])
   abstract = sharding.placed(abstract, mesh)
-  if scores:
-    score = RewardScore(model)
-  else:
-    score = Score(
-      model, tile=c.head_tile, place_head=pins.head, place_sweep=pins.sweep
-    )
+  score = _score(config, model, mesh)
   return Built(mesh, tokenizer, family, model, abstract, score, lora)
+
+
+def recomputed(config: Config, built: Built, remat: str) -> Built:
+  """The same, but for what the backward computes again; see
+  `models.shape.Compute`."""
+  compute = dataclasses.replace(built.model.compute, remat=remat)
+  model = built.model.clone(compute=compute)
+  return built._replace(model=model, score=_score(config, model, built.mesh))
+
+
+def _remat(c: Any) -> str:
+  """What is asked for, or the least; `memory.fit` may find that it takes more.
+  Layers that are packed would all be kept unpacked."""
+  if c.remat != "auto":
+    return c.remat
+  return "block" if c.quantize else "none"
+
+
+def _score(config, model, mesh) -> Score | RewardScore:
+  if model.config.scalar_head:
+    return RewardScore(model)
+  pins = sharding.Pins(mesh)
+  return Score(
+    model, tile=config.model.head_tile, place_head=pins.head,
+    place_sweep=pins.sweep,
+  )  # fmt: skip
 
 
 def config_entries(built: Built) -> dict[str, Any]:

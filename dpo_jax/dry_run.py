@@ -45,11 +45,13 @@ def describe(config: Config) -> str:
   ]
   if isinstance(run, OnlineRun):
     return "\n".join(lines)
+  memory.fit(run)
   batch, _ = plan[0]
   lines += [
     f"work        {run.ideal_flops(1) / 1e9:,.4g} GFLOP of products for the"
     f" {plan.tokens(0):,} tokens of step 1, at least",
     *memory.render(memory.held(run)),
+    f"remat       {run.built.model.compute.remat}",
     "row 0",
     render_row(batch, 0, built.tokenizer),
   ]

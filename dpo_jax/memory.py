@@ -1,5 +1,7 @@
-"""What a step holds on each device, by shapes and by the compiler's account."""
+"""What a step holds on each device, by shapes and by the compiler's account,
+and what of it to compute again so that it fits."""
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -7,11 +9,17 @@ import flax.traverse_util as traverse
 import jax
 import numpy as np
 
-from dpo_jax import offload, sharding
+from dpo_jax import offload, processes, sharding
 from dpo_jax.batch import Scores
+from dpo_jax.build import recomputed
 from dpo_jax.data.pack import empty_batch
 from dpo_jax.run import Run
 from dpo_jax.weights import same_path
+
+_LOG = logging.getLogger("dpo_jax")
+# Of a device's memory, what a plan may fill: the reckoning leaves out what one
+# layer needs while it runs.
+_USED = 0.9
 
 
 class Held(NamedTuple):
@@ -30,6 +38,88 @@ class Held(NamedTuple):
   def total(self) -> int:
     """On the device."""
     return sum(self) - self.on_host
+
+
+def fit(run: Run, limit: int | None = None) -> None:
+  """Settles `model.remat="auto"` of a run on pairs: the first of what backward
+  passes may compute again with which the step seems to fit. Where the devices
+  do not say how much they have, as CPUs, and for online runs, whose batches are
+  not known before, it stays at the least.
+
+  Args:
+    run: not started.
+    limit: bytes of a device; what it says itself if None.
+  """
+  if run.config.model.remat != "auto" or run.config.online.method:
+    return
+  limit = processes.lead(lambda: limit or _limit(run))
+  if limit is None:
+    return
+  choices = ["block"] if run.config.model.quantize else ["none", "block"]
+  kinds = run.built.mesh.local_devices[0].addressable_memories()
+  if offload.KIND in [memory.kind for memory in kinds]:
+    choices.append("offload")
+  for remat in choices:
+    if remat != run.built.model.compute.remat:
+      run.recompute(remat)
+    bytes_ = needed(run)
+    if bytes_ <= _USED * limit:
+      break
+  _LOG.info(
+    "model.remat=auto: %s, for about %.1f of %.1f GiB a device",
+    remat, bytes_ / 2**30, limit / 2**30,
+  )  # fmt: skip
+
+
+def needed(run: Run) -> int:
+  """Bytes on a device that a step of a run needs, about: what is given, the
+  gradients, what the forward keeps for the backward, and a tile of logits."""
+  state, _, batch, frozen = step_inputs(run)
+  reference = run.abstract_reference()
+  own = device_bytes(reference) - _shared(run, frozen, reference)
+  config = run.built.model.config
+  logits = 2 * 4 * run.config.model.head_tile * config.vocab_size
+  gradients = device_bytes(state.params)
+  given = device_bytes((state, batch, frozen)) + own
+  return given + gradients + kept(run) + (0 if config.scalar_head else logits)
+
+
+def kept(run: Run) -> int:
+  """Bytes on a device of what the policy's forward keeps for its backward, by
+  shapes; where layers are computed again, also what one of them keeps then."""
+  built = run.built
+  found = _kept(run, built.score)
+  if built.model.compute.remat != "none":
+    every = recomputed(run.config, built, "none").score
+    found += _kept(run, every) // built.model.config.layers
+  return found
+
+
+def _kept(run, score) -> int:
+  state, _, batch, frozen = step_inputs(run)
+
+  def forward(params, frozen, batch):
+    def f(params):
+      return score(run.trainable.join(frozen, params), batch).logps
+
+    return jax.vjp(f, params)
+
+  program = jax.make_jaxpr(forward)(state.params, frozen, batch).jaxpr
+  # Weights that are used as they are, and copies of them, are not of the batch.
+  weights = {x.shape for x in jax.tree.leaves((state.params, frozen))}
+  parts = sharding.batch_shards(run.built.mesh) * run.config.train.microbatches
+  total = 0
+  for x in set(program.outvars) - set(program.invars):
+    if x.aval.memory_space != jax.memory.Space.Host:
+      size = math.prod(x.aval.shape) * x.aval.dtype.itemsize
+      total += size if x.aval.shape in weights else size // parts
+  return total
+
+
+def _limit(run) -> int | None:
+  """Bytes that a device says it may use."""
+  stats = run.built.mesh.local_devices[0].memory_stats() or {}
+  return stats.get("bytes_limit")
 
 
 def compile_step(run: Run) -> Any:

@@ -30,7 +30,7 @@ _LOG = logging.getLogger("dpo_jax")
 VERSION = 2
 _ARRAYS = ("logps", "tails")
 # Of config.model: what the weights do not show and may change how scores round.
-_ROUNDING = ("dtype", "param_dtype", "remat", "attention", "head_tile")
+_ROUNDING = ("dtype", "param_dtype", "attention", "head_tile")
 
 
 def find_or_score(
@@ -101,6 +101,7 @@ def make_key(
     "weights": fingerprint(variables),
     "model": repr(built.model.config),
     "settings": [getattr(settings, name) for name in _ROUNDING],
+    "remat": built.model.compute.remat,
     "examples": examples.fingerprint,
     "rows": [
       [[x.rows, *dataclasses.astuple(x.row)] for x in plan.shapes],

@@ -23,7 +23,7 @@ from dpo_jax import (
 )
 from dpo_jax.answers import Answerer, distinct_prompts
 from dpo_jax.batch import Scores
-from dpo_jax.build import Built, Data, build, load_data
+from dpo_jax.build import Built, Data, build, load_data, recomputed
 from dpo_jax.config import Config
 from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
@@ -83,6 +83,13 @@ class Run:
     )
     self.tx = self._make_optimizer(o)
     self.abstract_state = self._abstract_state()
+    self.step = self._make_step()
+    self.evaluator = self._make_evaluator()
+
+  def recompute(self, remat: str) -> None:
+    """Lets the backward compute again what `models.shape.Compute` says of
+    `remat`; before the start."""
+    self.built = recomputed(self.config, self.built, remat)
     self.step = self._make_step()
     self.evaluator = self._make_evaluator()
 
@@ -372,19 +379,21 @@ def _check_packed(config: Config, built: Built) -> None:
       f"config.model.quantize={m.quantize!r}: weights in few bits cannot be"
       " trained; set config.lora.rank to train adapters on them"
     )
-  if m.quantize and m.remat != "block":
+  if m.quantize and m.remat == "none":
     raise ConfigError(
-      "config.model.quantize needs config.model.remat=block; all layers would"
-      " be kept unpacked for the backward otherwise"
+      "config.model.quantize needs config.model.remat=block or offload; all"
+      " layers would be kept unpacked for the backward otherwise"
     )
 
 
 def _check_offload(config: Config, built: Built) -> None:
   """Refuses what cannot be moved to the host, or is not there to be moved."""
   o, c = config.offload, config
+  if c.model.remat == "offload":
+    offload.check("config.model.remat=offload", built.mesh.local_devices)
   for name, asked in vars(o).items():
     if asked:
-      offload.check(f"config.offload.{name}", jax.local_devices())
+      offload.check(f"config.offload.{name}", built.mesh.local_devices)
   other = c.reference.path and not same_path(c.reference.path, c.model.path)
   own = other or not built.lora or (c.lora.path and not c.reference.path)
   if o.reference and not own:

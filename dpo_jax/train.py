@@ -10,7 +10,7 @@ from typing import Any
 
 import grain
 
-from dpo_jax import processes, sharding
+from dpo_jax import memory, processes, sharding
 from dpo_jax.answers import Answerer, sample_rows
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config, check_names, differences, without
@@ -56,6 +56,7 @@ def train(
     processes.lead(lambda: place.check(config, allow))
     run = make_run(config)
     _check_all_alike(run)
+    memory.fit(run)
     best = config.train.keep_best.partition(" ")[0]
     if best and run.eval_plan is None:
       raise ConfigError(

@@ -4,17 +4,28 @@
     --config.model.path=MODEL --config.data.source=PAIRS.jsonl \
     --config.mesh.data=1 --config.mesh.fsdp=64
 
-MODEL needs its config.json and tokenizer, and no weights.
+MODEL needs its config.json and tokenizer, and no weights. The step is compiled
+for as many CPUs as the mesh has devices, or, with `pip install "jax[tpu]"`, for
+TPUs that need not be there:
+
+  ... --config.mesh.fsdp=8 --topology=v5e:2x4
 """
+
+from absl import flags
 
 from dpo_jax import main
 
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "TPUs to compile for: kind and shape, e.g. v5e:2x4"
+)
+
 
 def _main(config):
-  from dpo_jax import plan_memory
+  from dpo_jax import plan_memory, topology
 
-  plan_memory.pretend(config)
-  print(plan_memory.describe(config))
+  name = _TOPOLOGY.value
+  devices = topology.devices(name) if name else plan_memory.pretend(config)
+  print(plan_memory.describe(config, devices))
 
 
 if __name__ == "__main__":

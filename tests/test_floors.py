@@ -43,7 +43,7 @@ FLOORS = (
   ("run", "judge", "convert", "asking"),
   ("online",),
   ("finish", "memory", "talking", "step_log"),
-  ("dry_run", "plan_memory"),
+  ("dry_run", "plan_memory", "topology"),
   ("train", "check_data"),
   ("main", "compare"),
 )

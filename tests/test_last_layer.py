@@ -20,6 +20,7 @@ CASES = {
   "llama": (llama, {"layers": 3}, {}),
   "one layer": (llama, {"layers": 1}, {}),
   "recomputed": (llama, {"layers": 3}, {"remat": "block"}),
+  "kept on the host": (llama, {"layers": 3}, {"remat": "offload"}),
   "window": (gemma2, {"layers": 3, "window": 5}, {}),
   "window in the last": (gemma2, {"layers": 2, "window": 5,
                          "local": (False, True)}, {}),

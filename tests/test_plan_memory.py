@@ -28,13 +28,14 @@ MODEL = {"num_hidden_layers": 4, "vocab_size": 1024}
 
 
 def measured(folder):
-  """Of each kind: what is held, and what the compiler says is handed in."""
+  """Of each kind: what is held, what the compiler says is handed in, and what
+  is reckoned to be kept for the backward."""
   out = {}
   for kind, changes in KINDS.items():
     run = make_run(folder, MESH, MODEL, **changes)
     compiled = memory.compile_step(run)
     given = compiled.memory_analysis().argument_size_in_bytes
-    out[kind] = [memory.held(run, compiled), given]
+    out[kind] = [memory.held(run, compiled), given, memory.kept(run)]
   return out
 
 
@@ -42,12 +43,12 @@ def measured(folder):
 def on_eight(tmp_path_factory):
   printed = run_on_eight(__file__, str(tmp_path_factory.mktemp("plans")))
   read = json.loads(printed.splitlines()[-1])
-  return {kind: (memory.Held(*x), given) for kind, (x, given) in read.items()}
+  return {kind: (memory.Held(*x), *rest) for kind, (x, *rest) in read.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_tell_what_the_compiler_counts(on_eight, kind):
-  held, given = on_eight[kind]
+  held, given, _ = on_eight[kind]
   by_shapes = held.total - held.temporary
   if kind == "lora":  # the base is handed in twice, and there once
     by_shapes += held.frozen
@@ -57,7 +58,7 @@ def test_shapes_tell_what_the_compiler_counts(on_eight, kind):
 
 
 def test_each_way_to_save_saves_what_it_says(on_eight):
-  held = {kind: of_kind for kind, (of_kind, _) in on_eight.items()}
+  held = {kind: of_kind for kind, (of_kind, *_) in on_eight.items()}
   plain = held["all"]
   assert plain.reference == plain.trained
   assert plain.optimizer == pytest.approx(2 * plain.trained, rel=1e-3)
@@ -76,8 +77,39 @@ def test_each_way_to_save_saves_what_it_says(on_eight):
 def test_weights_are_split_over_fsdp_alone(on_eight, tmp_path):
   run = make_run(tmp_path, (1, 1, 1), MODEL)
   alone = memory.device_bytes(run.abstract_state.params)
-  held, _ = on_eight["all"]
+  held = on_eight["all"][0]
   assert held.trained == pytest.approx(alone / 4, rel=0.02)
+
+
+def test_what_is_kept_for_the_backward_is_reckoned_by_shapes(on_eight):
+  held = {kind: of_kind.temporary for kind, (of_kind, *_) in on_eight.items()}
+  kept = {kind: reckoned for kind, (_, _, reckoned) in on_eight.items()}
+  for kind in ("all", "block"):
+    assert kept[kind] == pytest.approx(held[kind], rel=0.2)
+  assert kept["block"] < 0.5 * kept["all"]
+  assert kept["parts"] < 0.7 * kept["block"]
+
+
+def test_the_first_that_fits_is_computed_again(tmp_path):
+  run = make_run(tmp_path, (1, 1, 1), MODEL)
+  choices = ("none", "block", "offload")
+  needs = []
+  for remat in choices:
+    run.recompute(remat)
+    needs.append(memory.needed(run))
+  assert needs[0] > 1.2 * needs[1] and needs[1] > needs[2]
+  for remat, bytes_ in zip(choices, needs, strict=True):
+    run.recompute("none")
+    memory.fit(run, limit=int(bytes_ / 0.9) + 1)
+    assert run.built.model.compute.remat == remat
+  memory.fit(run, limit=1)  # nothing does, and the least is tried
+  assert run.built.model.compute.remat == "offload"
+
+
+def test_what_was_asked_for_is_computed_again_whatever_fits(tmp_path):
+  run = make_run(tmp_path, (1, 1, 1), MODEL, **{"model.remat": "none"})
+  memory.fit(run, limit=1)
+  assert run.built.model.compute.remat == "none"
 
 
 def test_a_dry_run_tells_the_same(tmp_path):

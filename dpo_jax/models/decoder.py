@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.blockwise import Window
 from dpo_jax.models.layers import (
@@ -30,10 +31,11 @@ from dpo_jax.models.moe import ROUTER, RoutedMLP
 from dpo_jax.models.rope import rope_frequencies
 from dpo_jax.models.shape import Compute, Config
 from dpo_jax.models.stack import open_stack, take_layer
-from dpo_jax.offload import fetched
+from dpo_jax.offload import KIND, fetched
 
 Cache = tuple[jax.Array, jax.Array]
 init_score = nn.initializers.normal(0.02)
+_INPUT = "block_input"  # what `jax.checkpoint` is told to keep elsewhere
 _EVERYTHING = -(2**30)  # the oldest position that a global layer sees
 
 
@@ -176,6 +178,7 @@ class Decoder(nn.Module):
 
     def one_layer(x, layer, queries=None):
       (weights, adapters), key, local, cache = layer
+      x = checkpoint_name(x, _INPUT)
       freqs, seen = _of_layer(c, local, window)
       out = block.apply(
         {"params": here(weights), "lora": fetched(adapters)},
@@ -293,7 +296,12 @@ def _remat(compute: Compute, stack: Any, slices: bool) -> Any:
   """What a layer is wrapped in. `slices`: it takes its weights out of the
   stack itself."""
   policy = None
-  if compute.remat != "block":
+  if compute.remat == "offload":
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT],
+      offload_src="device", offload_dst=KIND,
+    )  # fmt: skip
+  elif compute.remat == "none":
     if not (compute.pin_again or slices):
       return lambda function: function
     policy = _all_but_weights(stack)
