@@ -2,7 +2,10 @@
 
 Read off the text of the optimised HLO, loops times their trip count, so it
 holds for what runs and not for what was meant. Bytes are of one device and one
-step.
+step. The compiler for TPUs writes some things its own way: a sum of which each
+device keeps a share is a fusion of its own name, what runs beside other work is
+written once for every piece of that, and a loop says its length in its
+condition alone.
 """
 
 import math
@@ -30,6 +33,10 @@ _CALLED = re.compile(
   r"|false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LIMIT = re.compile(
+  r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\).*direction=LT"
+)
+_PIECE = re.compile(r"channel_id=(\d+).*chain_id=")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _NAME = re.compile(r'op_name="([^"]*)"')
 # The three ways that groups of devices are written.
@@ -71,23 +78,27 @@ def read(hlo: str) -> list[Collective]:
   """
   entry, parts = _computations(hlo)
   found: list[Collective] = []
+  pieces: set[str] = set()
 
   def walk(name, times, known):
+    # Of all that is added up here a device keeps its share.
+    shares = name.startswith("all-reduce-scatter")
     for line in parts.get(name, ()):
       operation = _OPERATION.match(line)
       if operation is None:
         continue
       shape, op = operation.groups()
       kind = op.removesuffix("-start")
-      if kind in KINDS:
+      if kind in KINDS and not _seen(line, pieces):
         one = _collective(line, shape, op, times, known)
+        if shares:
+          one = one._replace(kind="reduce-scatter")
         if one.devices != 1:  # over an axis of one, this compiler leaves them
           found.append(one)
       loops, certain = times, known
       if op == "while":
-        trips = _TRIPS.search(line)
-        loops = times * int(trips[1]) if trips else times
-        certain = known and trips is not None
+        trips = _trips(line, parts)
+        loops, certain = times * (trips or 1), known and trips is not None
       for role, called in _CALLED.findall(line):
         if role == "to_apply" and op != "call":
           continue  # the sum of a reduction
@@ -96,6 +107,33 @@ def read(hlo: str) -> list[Collective]:
 
   walk(entry, 1, True)
   return found
+
+
+def _seen(line, pieces) -> bool:
+  """Whether this is a further piece of one that is counted."""
+  piece = _PIECE.search(line)
+  if piece is None:
+    return False
+  before = piece[1] in pieces
+  pieces.add(piece[1])
+  return before
+
+
+def _trips(line, parts) -> int | None:
+  """How often a loop runs, which is said with it or, for one that counts from
+  0, by what its condition compares with."""
+  if said := _TRIPS.search(line):
+    return int(said[1])
+  condition = next(
+    x for role, x in _CALLED.findall(line) if role == "condition"
+  )
+  lines = parts.get(condition.lstrip("%"), ())
+  limit = next(filter(None, map(_LIMIT.search, lines)), None)
+  if limit is None:
+    return None
+  number = rf"^\s+%?{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)"
+  found = next(filter(None, (re.search(number, x) for x in lines)), None)
+  return found and int(found[1])
 
 
 def _computations(hlo):

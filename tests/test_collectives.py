@@ -173,6 +173,59 @@ def test_bytes_of_every_kind_are_read_and_loops_multiply(notation):
   assert collectives.total(found, *collectives.SUMS) == (4, 140, 186)
 
 
+TPU = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.1 (x: bf16[8,16]) -> bf16[1,16] {
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %sum = bf16[8,16]{1,0:T(8,128)(2,1)} all-reduce(%x), channel_id=1, GROUPS
+  ROOT %part = bf16[1,16]{1,0:T(2,128)} dynamic-slice(%sum, %at)
+}
+
+%begin (p: bf16[4,16]) -> (bf16[4,16], bf16[32,16]) {
+  %g = bf16[32,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, GROUPS, CHAIN
+  ROOT %c = (bf16[4,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) custom-call(%p)
+}
+
+%end (p: bf16[4,16]) -> bf16[32,16] {
+  %h = bf16[32,16]{1,0:T(8,128)} all-gather(%p), channel_id=7, GROUPS, CHAIN
+  ROOT %d = bf16[32,16]{1,0:T(8,128)S(1)} custom-call(%h)
+}
+
+%body (x: (s32[], bf16[4,16])) -> (s32[], bf16[4,16]) {
+  %y = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) fusion(%x), calls=%begin
+  %z = bf16[32,16]{1,0:T(8,128)} fusion(%y), kind=kCustom, calls=%end
+  ROOT %out = (s32[], bf16[4,16]) tuple(%i, %z)
+}
+
+%cond (x: (s32[], bf16[4,16])) -> pred[] {
+  %constant.8 = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%x), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.8), direction=LT, metadata={}
+}
+
+ENTRY %main (x: bf16[8,16]) -> bf16[1,16] {
+  %w = (s32[]{:T(128)}, bf16[4,16]{1,0}) while(%t), condition=%cond, body=%body
+  ROOT %s = bf16[1,16]{1,0} fusion(%x), calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_what_the_compiler_for_tpus_writes_is_read():
+  """As libtpu 0.0.42 has it, cut short."""
+  chain = 'frontend_attributes={chain_id="2"}'
+  groups = "replica_groups=[1,8]<=[8]"
+  text = TPU.replace("GROUPS", groups).replace("CHAIN", chain)
+  found = collectives.read(text)
+  assert [(c.kind, c.bytes, c.times, c.known) for c in found] == [
+    ("all-gather", 1024, 3, True),
+    ("reduce-scatter", 256, 1, True),
+  ]
+  alone = collectives.read(text.replace(chain, ""))
+  assert [c.bytes for c in alone] == [1024, 1024, 256]
+  counted = collectives.read(text.replace("constant(3)", "parameter(0)"))
+  assert [c.known for c in counted] == [False, True]
+
+
 def test_what_a_device_adds_up_with_itself_does_not_move():
   alone = {
     "listed": "replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}",

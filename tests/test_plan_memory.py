@@ -1,5 +1,6 @@
 """What each device would hold, by shapes and by the compiler."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -154,6 +155,29 @@ def test_a_mesh_without_numbers_is_refused(tmp_path):
   code, _, err = plan(tmp_path)
   assert (code, err.count("\n")) == (2, 1)
   assert "config.mesh.data=-1" in err
+
+
+NO_TPU_COMPILER = importlib.util.find_spec("libtpu") is None
+
+
+@pytest.mark.skipif(not NO_TPU_COMPILER, reason="libtpu is installed")
+def test_without_their_compiler_tpus_are_refused(tmp_path):
+  code, _, err = plan(tmp_path, "--config.mesh.data=1", "--topology=v5e:4x4")
+  assert (code, err.count("\n")) == (2, 1)
+  assert "--topology=v5e:4x4" in err and "jax[tpu]" in err
+
+
+@pytest.mark.skipif(NO_TPU_COMPILER, reason="libtpu is not installed")
+def test_tpus_that_are_not_there_are_planned_for(tmp_path):
+  code, out, err = plan(tmp_path, "--config.mesh.data=1", "--topology=v5e:4x4")
+  assert code == 0, err
+  assert "'fsdp': 16" in out and "XLA plans for CPUs" not in out
+  assert re.search(r"^  all-gather +\d+ times", out, re.M)
+  assert re.search(r"^  reduce-scatter +\d+ times", out, re.M)
+  code, _, err = plan(tmp_path, "--config.mesh.data=1", "--topology=v9:9")
+  assert code == 2 and "--topology=v9:9" in err
+  code, _, err = plan(tmp_path, "--config.mesh.data=2", "--topology=v5e:4x4")
+  assert code == 2 and "16 devices" in err
 
 
 if __name__ == "__main__":
