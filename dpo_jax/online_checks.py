@@ -4,6 +4,15 @@ from dpo_jax.config import Config, Online
 from dpo_jax.errors import ConfigError
 
 _ANSWERS = {"ppo": 1, "grpo": 8, "pairs": 2}
+# What not all methods read, by who does.
+_READ_BY = {
+  "ppo": (
+    "kl", "kl_estimator", "kl_target", "kl_horizon", "clip", "gamma", "lam",
+    "whiten", "whiten_rewards", "value_clip", "value_weight",
+  ),
+  "grpo": ("kl", "clip", "clip_high", "scale", "reduction"),
+  "pairs": ("temperature", "top_k", "top_p"),
+}  # fmt: skip
 
 
 def answers(settings: Online) -> int:
@@ -59,6 +68,38 @@ def check_online(config: Config) -> None:
     _check_pairs(config)
   else:
     _check_of_tokens(config)
+  _check_unread(o)
+  if method == "ppo" and o.kl_target:
+    _check_adapted(config)
+
+
+def _check_unread(o: Online) -> None:
+  """Settings that would be ignored."""
+  for name in dict.fromkeys(
+    name for names in _READ_BY.values() for name in names
+  ):
+    value = getattr(o, name)
+    readers = [method for method, names in _READ_BY.items() if name in names]
+    if o.method not in readers and value != getattr(Online(), name):
+      raise ConfigError(
+        f"config.online.{name}={value!r}: {o.method} does not read it, only"
+        f" {' and '.join(readers)}"
+      )
+
+
+def _check_adapted(config: Config) -> None:
+  o, asked = config.online, f"config.online.kl_target={config.online.kl_target}"
+  if not o.kl:
+    raise ConfigError(
+      f"{asked} adapts config.online.kl, which should then start above 0"
+    )
+  given = config.train.batch_size * answers(o)
+  if o.kl_horizon < given:
+    raise ConfigError(
+      f"config.online.kl_horizon={o.kl_horizon} should be at least the {given}"
+      f" answers of a step: with {asked} a step moves config.online.kl by a"
+      " fifth at most"
+    )
 
 
 def _check_pairs(config: Config) -> None:
@@ -67,6 +108,11 @@ def _check_pairs(config: Config) -> None:
     raise ConfigError(
       f"config.loss.name={loss.name!r}: config.online.method='pairs' makes"
       " pairs of answers, and needs a loss of pairs"
+    )
+  if config.online.temperature == 0:
+    raise ConfigError(
+      "config.online.temperature=0 gives one answer over and over, and pairs"
+      " are of answers that differ"
     )
 
 
@@ -83,6 +129,11 @@ def _check_of_tokens(config: Config) -> None:
     raise ConfigError(
       f"config.loss.{asked[0]}: {method} reads no preference loss; its settings"
       " are those of config.online"
+    )
+  if method == "grpo" and o.clip > 1:
+    raise ConfigError(
+      f"config.online.clip={o.clip} should lie in [0, 1]; upwards"
+      " config.online.clip_high may go further"
     )
   if method == "ppo" and (config.lora.rank or config.lora.path):
     raise ConfigError(

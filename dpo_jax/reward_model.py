@@ -62,17 +62,19 @@ def load(path: str | os.PathLike, built: Built) -> "Scorer":
   variables = hf.load_variables(
     path, family.HF_NAMES, sharding.placed(abstract, built.mesh)
   )
-  return Scorer(RewardScore(model), variables, built.mesh)
+  return Scorer(model, variables, built.mesh)
 
 
 class Scorer:
   """(prompts, responses) -> their rewards, with what was compiled kept."""
 
-  def __init__(self, score: RewardScore, variables: Any, mesh: Any):
-    """Takes what scores a batch, and the variables it does so by."""
-    self.variables = variables
+  def __init__(self, model: Any, variables: Any, mesh: Any):
+    """Takes a model with a scalar head, and its variables."""
+    self.model, self.variables = model, variables
     self._mesh = mesh
-    self._step = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    self._step = jax.jit(
+      RewardScore(model), out_shardings=sharding.replicated(mesh)
+    )
 
   def __call__(
     self, prompts: Sequence[Ids], responses: Sequence[Ids]

@@ -343,4 +343,6 @@ _SET_BY = {
   "frozen": ("model",),
   "adapters": ("lora",),
   "dropout": ("lora",),
+  "loss": ("online",),
+  "reward_model": ("online",),
 }

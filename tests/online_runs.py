@@ -12,7 +12,6 @@ SETTINGS = {
   "data.max_prompt_length": 72,
   "online.reward": "online_runs:vowels",
   "online.max_tokens": 8,
-  "online.kl": 0.01,
   "optim.learning_rate": 3e-2,
   "optim.schedule": "constant",
   "optim.warmup": 0.0,
@@ -26,8 +25,9 @@ SETTINGS = {
 }
 OF = {
   "ppo": {"online.group": 2, "online.epochs": 2, "online.minibatches": 2,
-          "online.kl_target": 3.0, "online.kl_horizon": 100},
-  "grpo": {"online.group": 3},
+          "online.kl": 0.01, "online.kl_target": 3.0,
+          "online.kl_horizon": 100},
+  "grpo": {"online.kl": 0.01, "online.group": 3},
   "pairs": {"online.group": 3, "loss.beta": 0.05},
 }  # fmt: skip
 
@@ -58,3 +58,7 @@ def never(prompt, response):
 
 def always_one(prompt, response):
   return 1
+
+
+def huge(prompt, response):
+  return 1e300

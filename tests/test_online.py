@@ -87,6 +87,17 @@ def test_a_stopped_run_answers_and_learns_the_same(
   assert jax.tree.all(same)
 
 
+def test_settings_of_an_online_run_may_be_allowed_to_differ(finished):
+  config, summary, workdir = finished
+  changed = config.online.missing_end + 0.5
+  online = dataclasses.replace(config.online, missing_end=changed)
+  other = dataclasses.replace(config, online=online)
+  with pytest.raises(ConfigError, match=r"online\.missing_end"):
+    train(other, workdir)
+  allowed = train(other, workdir, ["online.missing_end"])
+  assert allowed["steps"] == summary["steps"]
+
+
 def test_a_single_update_starts_at_the_policy_that_answered(finished):
   config, _, workdir = finished
   if config.online.epochs * config.online.minibatches == 1:

@@ -1,6 +1,7 @@
 """The parts of an online run: rows of answers, pairs, rewards, prompts."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,10 +15,10 @@ from dpo_jax.data.encode_settings import EncodeSettings
 from dpo_jax.data.store import load_examples
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.errors import ConfigError, DataError
-from dpo_jax.online import grpo, ppo
+from dpo_jax.online import grpo, ppo, value
 from dpo_jax.online.packing import Packer
 from dpo_jax.online.pairs import pairs_of
-from dpo_jax.online.prompts import PromptPlan
+from dpo_jax.online.prompts import PromptPlan, Used
 from dpo_jax.online.rewards import Rewards
 from dpo_jax.online.rollout import Rollout
 from dpo_jax.online.updates import minibatches
@@ -124,13 +125,34 @@ def online(**changes):
   return online_config(CORPUS, "grpo", **changes).online
 
 
+def test_answers_without_a_reward_are_as_if_not_given_in_grpo():
+  """Whatever a group is divided by."""
+  lengths = np.array([[2, 3, 1], [4, 5, 2], [1, 1, 1]])
+  some = rollout([[1, NAN, 2], [0, 4, 8], [NAN, NAN, 5]], lengths)
+  for scale, rest in (
+    ("group", [1, 2]), ("batch", [1, 2, 0, 4, 8]), ("none", None),
+  ):  # fmt: skip
+    deviation = np.std(rest, ddof=1) + 1e-4 if rest else 1
+    settings = online(scale=scale)
+    given, sums, _ = grpo.prepare(settings, some, known((3, 3, ROOM)), None)
+    found = given["advantages"][..., 0]
+    np.testing.assert_allclose(
+      found[0], np.array([-0.5, 0, 0.5]) / deviation, rtol=1e-5
+    )
+    assert found[1, 0] < 0 < found[1, 2]
+    assert given["mask"].sum(axis=2).tolist() == [[2, 0, 1], [4, 5, 2], [0] * 3]
+    assert sums["frac_reward_zero_std"].count == 2
+    want = np.std([1, 2], ddof=1) + np.std([0, 4, 8], ddof=1)
+    np.testing.assert_allclose(sums["reward_std"].total, want, rtol=1e-6)
+
+
 def known(shape, seed=0):
   rng = np.random.default_rng(seed)
   names = ("old", "reference", "values")
   return {name: rng.normal(size=shape).astype(np.float32) for name in names}
 
 
-def test_a_group_with_an_answer_without_reward_has_no_part_in_grpo():
+def test_an_answer_that_none_is_left_to_compare_with_has_no_part_in_grpo():
   some = rollout([[1, 2], [NAN, 4]], [[2, 3], [4, 5]])
   given, sums, _ = grpo.prepare(online(), some, known((2, 2, ROOM)), None)
   assert given["mask"].sum(axis=2).tolist() == [[2, 3], [0, 0]]
@@ -168,6 +190,9 @@ def test_the_price_of_a_nat_moves_towards_its_target():
   of["old"] = of["reference"]
   _, _, price = ppo.prepare(settings, some, of, np.float32(0.2))
   np.testing.assert_allclose(price, 0.2 * (1 - 0.2 * 2 / 10), rtol=1e-6)
+  of["old"] = of["old"] * NAN
+  _, _, price = ppo.prepare(settings, some, of, np.float32(0.2))
+  assert price == np.float32(0.2)  # for the steps to come
 
 
 def test_minibatches_are_a_permutation_that_the_numbers_decide():
@@ -176,6 +201,35 @@ def test_minibatches_are_a_permutation_that_the_numbers_decide():
   assert sorted(np.concatenate(parts)) == list(range(12))
   np.testing.assert_array_equal(parts, minibatches(12, 3, 5, 6, 7))
   assert not np.array_equal(parts, minibatches(12, 3, 5, 6, 8))
+
+
+def test_long_runs_remember_the_last_steps_alone():
+  plan = PromptPlan(range(3), batch_size=2, steps=20)
+  for step in range(20):
+    share = step / 20
+    plan.used(step, Used(step, share, 1 - share, *[None] * 4, float(step)))
+  assert plan.tokens(19) == plan.seconds(19) == 19
+  assert plan.tokens(2) == 0 and plan.shape_of(2) is None
+  np.testing.assert_allclose(plan.fill(), np.mean(np.arange(20) / 20))
+  np.testing.assert_allclose(plan.scored_fill(), 1 - plan.fill())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_value_model_starts_from_a_reward_model_of_the_policys_shape(wide):
+  built = build(small_config(CORPUS))
+  model = value.value_model(built)
+  policy = load_variables(small_config(CORPUS), built)
+  changes = {"model.ffn": 48 if wide else 32, "data.max_length": 999}
+  other = build(small_config(CORPUS, **changes))
+  like = value.value_model(other)
+  variables = like.init_variables(jax.random.key(1))
+  reward = SimpleNamespace(model=like, variables=variables)
+  start = value.start(model, policy, reward)
+  own = policy["params"] if wide else variables["params"]
+  jax.tree.map(np.testing.assert_array_equal, start["layers"], own["layers"])
+  assert wide == (not np.any(start["score"]))
+  shapes = jax.eval_shape(model.init_variables, jax.random.key(0))["params"]
+  assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +256,8 @@ def test_rewards_are_asked_for_text_and_failures_are_not_a_number(built):
   assert np.isnan(scored).all()
   with pytest.raises(ConfigError, match=r"all 3 answers.* ValueError: no opin"):
     rewards(built, "never")(prompts, responses)
+  with pytest.raises(ConfigError, match=r"on the first: it gave 1e\+300"):
+    rewards(built, "huge")(prompts, responses)
   # An answer of an end alone is an empty text.
   assert rewards(built, "vowels")(prompts[:1], [ends]).tolist() == [0]
 
@@ -273,6 +329,13 @@ def test_the_prompts_of_a_step_depend_on_seed_and_step_alone(tmp_path):
     ("ppo", {"online.top_k": 5}, ["config.online.top_k=5"]),
     ("grpo", {"loss.beta": 0.2}, ["config.loss.beta", "config.online"]),
     ("ppo", {"lora.rank": 2}, ["config.lora", "value model"]),
+    ("grpo", {"online.clip": 1.5}, ["clip=1.5", "[0, 1]", "clip_high"]),
+    ("pairs", {"online.temperature": 0.0}, ["temperature=0", "differ"]),
+    ("pairs", {"online.kl": 0.1}, ["online.kl=0.1", "ppo and grpo"]),
+    ("grpo", {"online.kl_target": 1.0}, ["kl_target=1.0", "only ppo"]),
+    ("ppo", {"online.scale": "batch"}, ["scale='batch'", "only grpo"]),
+    ("ppo", {"online.kl": 0.0}, ["kl_target=3.0", "online.kl", "above 0"]),
+    ("ppo", {"online.kl_horizon": 15}, ["kl_horizon=15", "16 answers"]),
   ],
   ids=str,
 )

@@ -14,7 +14,9 @@ from dpo_jax.losses.kl import kl_estimate
 from dpo_jax.losses.ppo import clipped_surrogate
 
 
-def group_advantages(rewards: jax.Array, scale: str = "group") -> jax.Array:
+def group_advantages(
+  rewards: jax.Array, scale: str = "group", mask: jax.Array | None = None
+) -> jax.Array:
   """How much better an answer is than the others to its prompt.
 
   Shao et al. 2024 (2402.03300), section 4.1.2: reward less the group's mean,
@@ -24,25 +26,37 @@ def group_advantages(rewards: jax.Array, scale: str = "group") -> jax.Array:
     rewards: f[N G], G answers to each of N prompts.
     scale: "group", as there; "batch" divides by the deviation of all rewards
       (2508.08221); "none" divides by nothing (Dr. GRPO, 2503.20783).
+    mask: bool or 0/1 [N G], answers that have a reward; the others are as if
+      they had not been given. None: all have.
 
   Returns:
-    f32[N G]; exactly 0 in a group whose rewards are equal.
+    f32[N G]; exactly 0 in a group whose rewards are equal, or that has but one,
+    and outside the mask.
 
   Raises:
     ValueError: no such scale.
   """
   check_choice("scale", scale, "group", "batch", "none")
   rewards = at_least_float32(rewards)
-  equal = (rewards == rewards[..., :1]).all(axis=-1, keepdims=True)
-  better = rewards - rewards.mean(axis=-1, keepdims=True)
-  better = jnp.where(equal, 0.0, better)
+  mask = jnp.broadcast_to(True if mask is None else mask, rewards.shape)
+  mask = mask.astype(bool)
+  inf = jnp.inf
+  low = jnp.where(mask, rewards, inf).min(axis=-1, keepdims=True)
+  high = jnp.where(mask, rewards, -inf).max(axis=-1, keepdims=True)
+
+  def from_mean(axes):
+    """Distance from the mean over these, 0 outside the mask, and a count."""
+    count = mask.sum(axis=axes, keepdims=True)
+    total = jnp.where(mask, rewards, 0.0).sum(axis=axes, keepdims=True)
+    return jnp.where(mask, rewards - total / jnp.maximum(count, 1), 0.0), count
+
+  better = jnp.where(high > low, from_mean(-1)[0], 0.0)
   if scale == "none":
     return better
   axes = -1 if scale == "group" else None
-  count = rewards.shape[-1] if scale == "group" else rewards.size
-  squares = (rewards - rewards.mean(axis=axes, keepdims=True)) ** 2
-  variance = squares.sum(axis=axes, keepdims=True) / max(count - 1, 1)
-  return better / (jnp.sqrt(variance) + 1e-4)
+  distance, count = from_mean(axes)
+  squares = (distance**2).sum(axis=axes, keepdims=True)
+  return better / (jnp.sqrt(squares / jnp.maximum(count - 1, 1)) + 1e-4)
 
 
 def grpo(

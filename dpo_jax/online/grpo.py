@@ -20,24 +20,35 @@ def prepare(
 ) -> tuple[dict[str, np.ndarray], Sums, None]:
   """What an update is given of each token, [N G R], and metrics.
 
-  A group with an answer that has no reward has no part in the updates.
+  An answer without a reward has no part in the updates, nor has one that no
+  other answer to its prompt is left to be compared with.
   """
-  whole = rollout.valid.all(axis=1, keepdims=True)
-  rewards = np.where(whole, rollout.scores, 0).astype(np.float32)
-  advantages = np.asarray(losses.group_advantages(rewards, settings.scale))
-  deviation = rewards.std(axis=1, ddof=1)
-  equal = (rewards == rewards[:, :1]).all(axis=1)
+  valid = rollout.valid
+  count = valid.sum(axis=1, keepdims=True)
+  compared = valid & (count > 1)
+  rewards = np.where(valid, rollout.scores, 0).astype(np.float32)
+  advantages = np.asarray(
+    losses.group_advantages(rewards, settings.scale, compared)
+  )
+  groups = count[:, 0] > 1
+  means = rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+  squares = np.where(valid, rewards - means, 0) ** 2
+  deviation = np.sqrt(squares.sum(axis=1) / np.maximum(count[:, 0] - 1, 1))
+  low, high = (
+    f(np.where(valid, rewards, x), axis=1)
+    for f, x in ((np.min, np.inf), (np.max, -np.inf))
+  )
   given = {
     "old": known["old"],
     "advantages": np.broadcast_to(advantages[..., None], known["old"].shape),
-    "mask": (rollout.mask & whole[..., None]).astype(np.float32),
+    "mask": (rollout.mask & compared[..., None]).astype(np.float32),
     "lengths": np.broadcast_to(rollout.lengths[..., None], known["old"].shape),
   }
   if "reference" in known:
     given["reference"] = known["reference"]
   return given, {
-    "reward_std": mean_of(deviation, whole[:, 0]),
-    "frac_reward_zero_std": mean_of(equal, whole[:, 0]),
+    "reward_std": mean_of(deviation, groups),
+    "frac_reward_zero_std": mean_of(low == high, groups),
   }, None  # fmt: skip
 
 

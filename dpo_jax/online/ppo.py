@@ -55,9 +55,11 @@ def prepare(
   }
   if adapts:
     mean = mean_of(kl, valid).mean()
-    price = losses.adapt(
-      price, mean, settings.kl_target, settings.kl_horizon, int(valid.sum())
-    )
+    # What is not finite moves nothing, as in `train_step.update`.
+    if np.isfinite(mean):
+      price = losses.adapt(
+        price, mean, settings.kl_target, settings.kl_horizon, int(valid.sum())
+      )
   return given, sums, np.float32(price) if adapts else None
 
 

@@ -27,6 +27,9 @@ class Used(NamedTuple):
   seconds: float
 
 
+_KEPT = 4  # steps that are remembered; the log looks back by two
+
+
 class PromptPlan:
   """Exactly `batch_size` prompts a step, one permutation after another, as
   `data.plan.Plan` has it; a pure function of seed and step."""
@@ -57,6 +60,7 @@ class PromptPlan:
     self._steps = -(-len(examples) // batch_size) if steps is None else steps
     self._order = Order(len(examples), batch_size, seed=seed, shuffle=shuffle)
     self._used: dict[int, Used] = {}
+    self._fills = np.zeros(3)  # sums of both, and how many steps
 
   def __len__(self) -> int:
     return self._steps
@@ -72,34 +76,37 @@ class PromptPlan:
     return members[members >= 0]
 
   def used(self, step: int, what: Used) -> None:
-    """Takes down what a step took."""
+    """Takes down what a step took, and forgets the steps long before it."""
     self._used[step] = what
+    self._fills += what.fill, what.scored_fill, 1
+    while len(self._used) > _KEPT:
+      del self._used[min(self._used)]
 
   def lengths(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`prompts`, `responses` and `trained` of a step that was run."""
+    """`prompts`, `responses` and `trained` of a step that was just run."""
     used = self._used[step]
     return used.prompts, used.responses, used.trained
 
   def tokens(self, step: int) -> int:
-    """Row tokens of a step that was run, 0 of another."""
+    """Row tokens of a step that was just run, 0 of another."""
     return self._used[step].tokens if step in self._used else 0
 
   def shape_of(self, step: int) -> Any:
-    """Of a step that was run; None of another, whose shapes nobody knows."""
+    """Of a step that was just run; None of another."""
     return self._used[step].shape if step in self._used else None
 
   def seconds(self, step: int) -> float | None:
-    """What a step that was run took."""
+    """What a step that was just run took."""
     return self._used[step].seconds if step in self._used else None
 
   def fill(self) -> float | None:
     """Share of row tokens that are not padding, over the steps that were run
     in this process; None where none was."""
-    return self._mean("fill")
+    return self._mean(0)
 
   def scored_fill(self) -> float | None:
     """Likewise of scored places."""
-    return self._mean("scored_fill")
+    return self._mean(1)
 
   def describe(self) -> list[str]:
     """Lines that say the shapes."""
@@ -112,6 +119,6 @@ class PromptPlan:
       ),
     ]
 
-  def _mean(self, name: str) -> float | None:
-    values = [getattr(used, name) for used in self._used.values()]
-    return float(np.mean(values)) if values else None
+  def _mean(self, which: int) -> float | None:
+    steps = self._fills[2]
+    return float(self._fills[which] / steps) if steps else None

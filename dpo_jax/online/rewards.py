@@ -12,6 +12,7 @@ from dpo_jax.config import Online
 from dpo_jax.errors import ConfigError
 
 Ids = Sequence[int] | np.ndarray
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Rewards:
@@ -70,8 +71,8 @@ class Rewards:
       value, wrong = math.nan, ""
       try:
         value = float(self._function(*texts))
-        if not math.isfinite(value):
-          wrong = f"it gave {value}"
+        if not abs(value) <= _LARGEST:  # NaN neither
+          wrong, value = f"it gave {value}", math.nan
       except Exception as e:  # whatever it is, the run goes on
         wrong = " ".join(f"{type(e).__name__}: {e}".split())
       values.append(value)

@@ -125,9 +125,8 @@ class OnlineRun(Run):
   def _load_params(self) -> tuple[Any, Any]:
     params, frozen = super()._load_params()
     if self._value:
-      path = self.config.online.reward_model
       start = value.start(
-        self._value, self.policy(frozen, params), self._rewards.model, path
+        self._value, self.policy(frozen, params), self._rewards.model
       )
       places = jax.tree.map(
         lambda x: x.sharding, self.abstract_state.params[VALUE]

@@ -2,6 +2,7 @@
 every token that predicts one of an answer."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import Batch
 from dpo_jax.build import Built, model_of
-from dpo_jax.errors import ConfigError
 from dpo_jax.score import hidden_states
 
+_LOG = logging.getLogger("dpo_jax")
 Variables = dict[str, Any]
 
 
@@ -40,33 +41,32 @@ def value_model(built: Built) -> Any:
   return model_of(built.family, shape, built.model.compute, built.mesh)
 
 
-def start(model: Any, policy: Variables, reward: Any, path: str) -> Any:
-  """The value model's `params` before any step: a reward model's, or else the
-  policy's with a head of zeros, so that it expects nothing.
+def start(model: Any, policy: Variables, reward: Any) -> Any:
+  """The value model's `params` before any step: those of a reward model of the
+  policy's shape, or else the policy's with a head of zeros, so that it expects
+  nothing.
 
   Args:
     model: of `value_model`.
     policy: variables; copied, as are those of a reward model.
     reward: a `reward_model.Scorer`, or None.
-    path: of that, for the message.
-
-  Raises:
-    ConfigError: a reward model of another shape.
   """
-  shapes = jax.eval_shape(model.init_variables, jax.random.key(0))["params"]
-  if reward is None:
-    start = {k: x for k, x in policy["params"].items() if k in shapes}
-    head = shapes["score"]
-    start["score"] = jnp.zeros(head.shape, head.dtype)
-  else:
-    start = reward.variables["params"]
-  same = jax.tree.structure(start) == jax.tree.structure(shapes) and all(
-    x.shape == y.shape
-    for x, y in zip(*map(jax.tree.leaves, (start, shapes)), strict=True)
-  )
-  if not same:
-    raise ConfigError(
-      f"config.online.reward_model={path!r} is a model of another shape than"
-      " the policy, and the value model of ppo starts from it"
+  if reward is not None and _alike(model.config, reward.model.config):
+    return jax.tree.map(jnp.copy, reward.variables["params"])
+  if reward is not None:
+    _LOG.info(
+      "the reward model has another shape than the policy: the value model"
+      " starts from the policy"
     )
-  return jax.tree.map(jnp.copy, start)
+  shapes = jax.eval_shape(model.init_variables, jax.random.key(0))["params"]
+  start = {k: x for k, x in policy["params"].items() if k in shapes}
+  start = jax.tree.map(jnp.copy, start)
+  head = shapes["score"]
+  return start | {"score": jnp.zeros(head.shape, head.dtype)}
+
+
+def _alike(one: Any, other: Any) -> bool:
+  """Whether weights of one are weights of the other, both with scalar heads:
+  positions they were made for and ties of unembeddings do not matter."""
+  free = {name: getattr(one, name) for name in ("max_length", "tied")}
+  return one == dataclasses.replace(other, **free)
