@@ -96,6 +96,8 @@ def render_summary(summary: dict[str, Any]) -> str:
   before, after = summary.get("initial_eval"), summary.get("final_eval")
   if before and after:
     for key, name in (
+      ("objective/scores", "held-out reward"),
+      ("objective/kl", "held-out KL"),
       ("loss", "held-out loss"),
       ("rewards/accuracies", "held-out accuracy"),
       ("rewards/margins", "held-out margin"),

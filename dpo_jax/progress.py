@@ -11,6 +11,7 @@ from typing import Any, TextIO
 # Metric, its name on the bar, and its format.
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
+  ("objective/scores", "reward", "{:.3f}"),
   ("rewards/accuracies", "acc", "{:.2f}"),
   ("rewards/margins", "margin", "{:.3f}"),
 )

@@ -170,6 +170,23 @@ def test_over_optimisation_and_late_overfitting_are_pointed_out(tmp_path):
   assert "lowest at step 10" in text
 
 
+def test_an_online_run_shows_its_reward_beside_its_price(tmp_path):
+  before = {"objective/scores": -0.25, "objective/kl": 0.0}
+  after = {"objective/scores": 1.75, "objective/kl": 43.0, "kl": 1.1}
+  write_evals(tmp_path, before, after)
+  summary = {"method": "grpo", "true_reward": {"before": 0.1, "after": -0.4}}
+  text = page(tmp_path, summary).text
+  assert "reward of answers rose from −0.250 to 1.75" in text
+  assert "The reward rose but the true reward fell" in text
+  charts = re.findall(
+    'aria-label="(.*?)"', (tmp_path / "report.html").read_text()
+  )
+  titles = " ".join(charts)
+  assert "Reward of answers" in titles and "KL to the reference" in titles
+  summary["true_reward"]["after"] = 0.4
+  assert "true reward fell" not in page(tmp_path, summary).text
+
+
 def test_a_nan_step_is_reported_with_its_number(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     for step in range(1, 9):
@@ -331,11 +348,22 @@ def test_the_machine_is_told_of_in_a_table_and_not_in_charts(tmp_path):
     "mfu": 0.4123,
     "data_wait": 0.0625,
     "goodput": 0.981,
+    "rollout_seconds": 2.468,
+    "update_seconds": 13.57,
     "peak_memory_bytes": 3 * 2**29,
   }
   assert throughput.keys() == CLOCKED
   text = page(tmp_path, {"throughput": throughput}).text
-  for value in ("12.35", "12,346", "41.2%", "6.2%", "98.1%", "1.50 GiB"):
+  for value in (
+    "12.35",
+    "12,346",
+    "41.2%",
+    "6.2%",
+    "98.1%",
+    "2.47",
+    "13.6",
+    "1.50 GiB",
+  ):
     assert value in text, value
   for name in CLOCKED:
     assert name not in text

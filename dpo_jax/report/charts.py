@@ -51,6 +51,19 @@ _LOGPS = Plot(
   ("logps/chosen", "logps/rejected"),
   "Of whole responses. The margin can widen while both fall.",
 )
+_ANSWERED = Plot(
+  "Reward of answers",
+  "reward",
+  ("objective/scores",),
+  "Of what the policy itself answers; held-out prompts have one answer each.",
+)
+_MOVED = Plot(
+  "KL to the reference",
+  "nats per response",
+  ("objective/kl",),
+  "The price of the reward, estimated from the same answers.",
+  {0.0: ""},
+)
 _SMALL = (
   Plot("Gradient norm", "global L2 norm", ("grad_norm",)),
   Plot("Learning rate", "per step", ("learning_rate",)),
@@ -93,10 +106,16 @@ def charts(curves: Curves, method: str) -> str:
   if method == "orpo":
     sub = "β × log-probability: this method has no reference."
     rewards = rewards._replace(sub=sub, guides={})
+  small = _SMALL
+  if method == "grpo":  # of this loss it is that of tokens
+    small = [
+      plot._replace(unit="nats per token") if plot.keys == ("kl",) else plot
+      for plot in small
+    ]
   groups = (
-    ("main", (400, 270), (loss, _ACCURACY, margin)),
+    ("main", (400, 270), (_ANSWERED, _MOVED, loss, _ACCURACY, margin)),
     ("charts", (560, 290), (rewards, _LOGPS)),
-    ("small", (360, 200), _SMALL),
+    ("small", (360, 200), small),
   )
   seen = {key for *_, plots in groups for plot in plots for key in plot.keys}
   others = sorted({key for _, key in curves} - seen - _TABLED)

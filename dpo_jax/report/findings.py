@@ -15,6 +15,7 @@ Changes = Mapping[str, Pair]
 _ACCURACY = "rewards/accuracies"
 # Metric, its name, and whether more of it is better.
 _HEADLINE = (
+  ("objective/scores", "reward of answers", True),
   ("loss", "loss", False),
   (_ACCURACY, "accuracy", True),
   ("rewards/margins", "margin", True),
@@ -32,6 +33,13 @@ _OVER_OPTIMISED = (
   "<strong>Accuracy rose but the true reward fell.</strong> The policy"
   " ranks the pairs better and writes worse: a sign of over-optimisation. Try"
   " fewer steps, a larger beta or a lower learning rate."
+)
+
+_HACKED = (
+  "<strong>The reward rose but the true reward fell.</strong> The policy has"
+  " found answers that the reward model likes and nobody else does: a sign of"
+  " over-optimisation. Try a larger price of KL (online.kl; of pairs,"
+  " loss.beta), fewer steps or a lower learning rate."
 )
 
 
@@ -112,6 +120,9 @@ def notes(
   reward = _reward(summary)
   if after > before and reward and reward[1] < reward[0]:
     found.append(_OVER_OPTIMISED)
+  before, after = changed.get("objective/scores", (0.0, 0.0))
+  if after > before and reward and reward[1] < reward[0]:
+    found.append(_HACKED)
   losses = curves.get(("eval", "loss"), {})
   finite = {step: y for step, y in losses.items() if math.isfinite(y)}
   if len(finite) > 2:
