@@ -28,16 +28,22 @@ def defaults(loss: str) -> ml_collections.ConfigDict:
   return config
 
 
-def on_quickstart(config: ml_collections.ConfigDict, root: str) -> None:
+def on_quickstart(
+  config: ml_collections.ConfigDict, root: str, reward_model: bool = False
+) -> None:
   """Sets what online runs on the quickstart's corpus have in common: its SFT
-  model, the prompts of its pairs, and its true reward."""
+  model, the prompts of its pairs, and its true reward, or the reward model of
+  `configs/reward.py:quickstart` in its place."""
   config.model.path = f"{root}/sft/model"
   config.data.source = f"{root}/data/pairs.jsonl"
   config.data.max_length = 128
   config.data.eval_rows = 200
   config.data.cache_dir = ""
   config.data.row_counts = 1
-  config.online.reward = "dpo_jax.data.corpus:true_reward"
+  if reward_model:
+    config.online.reward_model = f"{root}/reward/model"
+  else:
+    config.online.reward = "dpo_jax.data.corpus:true_reward"
   config.online.max_tokens = 48
   config.online.missing_end = 1.0
   config.optim.schedule = "constant"
@@ -48,7 +54,7 @@ def on_quickstart(config: ml_collections.ConfigDict, root: str) -> None:
   config.sample.batch_size = 256
   config.sample.prompts = 200
   config.sample.max_tokens = 48
-  config.sample.reward = config.online.reward
+  config.sample.reward = "dpo_jax.data.corpus:true_reward"
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ml_collections.ConfigDict:
