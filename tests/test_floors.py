@@ -45,7 +45,7 @@ FLOORS = (
   ("finish", "memory", "talking", "step_log"),
   ("dry_run", "plan_memory", "topology"),
   ("train", "check_data"),
-  ("main", "compare"),
+  ("main", "compare", "best_of_n"),
 )
 _NEVER_EACH_OTHER = ("optim", "sharding", "checkpoint", "metrics")
 
