@@ -14,6 +14,7 @@ trained already is not trained again. docs/methods.md has what came out.
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -31,6 +32,9 @@ def main() -> None:
   )
   args = parser.parse_args()
   sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
+  # Most of the time of such small models goes into compiling them.
+  flags = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1"
   from methods import forms, output, results, runs
 
   from dpo_jax.main import guard

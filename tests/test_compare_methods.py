@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 from methods.forms import FULL, QUICK, Form, Job, chain
+from methods.peak import peak_memory
 from methods.results import TITLES, reward_at
 from methods.runs import Runs
 
@@ -145,6 +146,17 @@ def test_the_kl_of_the_best_of_n_is_the_formula_where_scores_differ():
     _, kl = pick(scores, scores, n)
     assert kl == pytest.approx(math.log(n) - (n - 1) / n, abs=2e-3)
   assert pick(np.zeros(9), np.arange(9.0), 4) == (pytest.approx(4.0), 0.0)
+
+
+def test_the_peak_is_what_a_block_took_and_gave_back():
+  with peak_memory() as peak:
+    del_me = np.ones(2**25, np.uint8)  # 32 MiB
+    del del_me
+  if not math.isnan(peak.rise):
+    assert 30 * 2**20 < peak.rise < 64 * 2**20
+  with peak_memory() as peak:
+    pass
+  assert math.isnan(peak.rise) or peak.rise < 16 * 2**20
 
 
 def test_reward_at_a_kl_lies_on_the_line_and_not_beyond_the_farthest():

@@ -18,6 +18,8 @@ class Job(NamedTuple):
   @property
   def name(self) -> str:
     """Its folder."""
+    if self.method == "sft":
+      return "sft"
     dial = f" {self.dial:g}" if self.dial else ""
     return f"{self.method}{dial} seed{self.seed} n{self.pairs}"
 
@@ -25,12 +27,12 @@ class Job(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Form:
   seeds: int = 2
-  dials: tuple[float, ...] = (0.01, 0.1, 0.3, 0.6, 1.0, 2.0, 5.0)
+  dials: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 5.0)
   dialed: tuple[str, ...] = tuple(
-    m for m, (dial, *_) in METHODS.items() if dial
+    m for m in METHODS if m not in ("chosen", "grpo")
   )
   pairs: int = 5000  # but where their number is what is varied
-  sizes: tuple[int, ...] = (300, 1000, 3000, 20000)
+  sizes: tuple[int, ...] = (300, 1000, 20000)
   sized: tuple[str, ...] = ("dpo", "ipo", "ppo")
   budget: int = 10240  # responses with a gradient, all stages after SFT
   kl: float = 2.0  # nats a response, at which methods are compared

@@ -1,7 +1,7 @@
 """What the runs of a comparison come to, over seeds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Row(NamedTuple):
   kl: Mean
   at_budget: Mean  # true reward at `Form.kl`, NaN where it is not reached
   responses: int  # with a gradient, all stages after SFT
-  seconds: float  # likewise; mean over seeds
+  seconds: float  # likewise; of the first seed, which compiles for the others
   memory: float  # bytes, the most of its stages; NaN where it is not known
   settings: int  # that differ from the defaults, all stages after SFT
 
@@ -139,7 +139,7 @@ class Results:
       TITLES[method], *_needs(self._runs.config(jobs[0])),
       1 + len(chain(jobs[0])), dial or math.nan, point.reward, point.kl,
       mean([self._at_budget(method, s) for s in self._seeds]),
-      *self._cost([chain(job) for job in jobs]),
+      *self._cost(chain(jobs[0])),
     )  # fmt: skip
 
   def _best_row(self) -> Row:
@@ -152,7 +152,7 @@ class Results:
     jobs = [Job("best_of_n", 0, s, self.form.pairs) for s in self._seeds]
     return Row(
       TITLES["best_of_n"], "pairs", False, 2, at["n"].value, at["reward"],
-      at["kl"], mean(by_seed), *self._cost([[job] for job in jobs]),
+      at["kl"], mean(by_seed), *self._cost(jobs[:1]),
     )  # fmt: skip
 
   def _at_budget(self, method: str, seed: int) -> float:
@@ -162,18 +162,14 @@ class Results:
       rows.append(self._rows[job.name])
     return reward_at([(r["kl"], r["reward"]) for r in rows], self.form.kl)
 
-  def _cost(self, chains: Sequence[list[Job]]) -> tuple[int, float, float, int]:
-    runs = [[self._runs.train(job) for job in jobs] for jobs in chains]
-    total: Callable[[str], list[float]] = lambda key: [
-      sum(r[key] for r in own) for own in runs
-    ]
-    memory = [r["peak_memory"] or math.nan for own in runs for r in own]
-    settings = sum(len(r["settings"]) for r in runs[0])
+  def _cost(self, stages: Sequence[Job]) -> tuple[int, float, float, int]:
+    first = [self._runs.train(job) for job in stages]
+    memory = [r["peak_memory"] or math.nan for r in first]
     return (
-      total("responses")[0],
-      float(np.mean(total("wall_seconds"))),
+      sum(r["responses"] for r in first),
+      sum(r["wall_seconds"] for r in first),
       max(memory),
-      settings,
+      sum(len(r["settings"]) for r in first),
     )
 
   def _of(self, method: str, dial: float, pairs: int) -> list[dict]:

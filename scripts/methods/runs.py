@@ -1,6 +1,7 @@
 """Trains what is not trained yet, and judges what is not judged yet."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpo_jax.data.tastes import write_tastes
 from dpo_jax.errors import ConfigError
 from dpo_jax.train import train
 from methods.forms import Form, Job
+from methods.peak import peak_memory
 
 _HELD_OUT = 512  # pairs
 _HELD_OUT_SEED = 10**6  # that no run has
@@ -60,21 +62,21 @@ class Runs:
 
     Returns:
       {"model_dir", "wall_seconds", "peak_memory", "settings", "responses",
-      "accuracy"}: memory in bytes, of the process while it trained (None where
-      the platform does not tell); settings that differ from the defaults;
-      responses with a gradient; accuracy of a reward model.
+      "accuracy"}: memory in bytes, by which the process grew at most while it
+      trained (None where the platform does not tell); settings that differ from
+      the defaults; responses with a gradient; accuracy of a reward model.
     """
     known = self.judged.setdefault("trained", {})
     if job.name not in known:
       print(f"\n{job.name}", flush=True)
       self._data(job)
       config = self.config(job)
-      reset = _reset_peak()
-      summary = train(config, self.root / job.name)
+      with peak_memory() as peak:
+        summary = train(config, self.root / job.name)
       known[job.name] = {
         "model_dir": summary["model_dir"],
         "wall_seconds": summary["wall_seconds"],
-        "peak_memory": _peak() if reset else None,
+        "peak_memory": None if math.isnan(peak.rise) else peak.rise,
         "settings": settings(config),
         "responses": responses(config),
         "accuracy": (summary["final_eval"] or {}).get("rewards/accuracies"),
@@ -166,18 +168,3 @@ def responses(config: Config) -> int:
     return t.steps * t.batch_size * each
   group = {"ppo": 2 * o.group, "grpo": o.group, "pairs": 2}[o.method]
   return t.steps * t.batch_size * group * o.epochs
-
-
-def _reset_peak() -> bool:
-  """Lets the kernel's account of this process' most memory begin anew."""
-  try:
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-  except OSError:
-    return False
-  return True
-
-
-def _peak() -> int | None:
-  status = pathlib.Path("/proc/self/status").read_text()
-  line = next((x for x in status.splitlines() if x.startswith("VmHWM")), None)
-  return int(line.split()[1]) * 1024 if line else None
