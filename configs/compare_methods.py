@@ -25,11 +25,11 @@ BATCH = 32  # pairs, or prompts that are answered twice
 METHODS = {
   "chosen": (None, "", 1e-3),
   "dpo": (0.3, "loss.beta", 1e-3),
-  "ipo": (0.3, "loss.beta", 1e-3),
-  "kto": (0.3, "loss.beta", 1e-3),
-  "orpo": (1.0, "loss.lam", 1e-3),
-  "ppo": (0.3, "online.kl", 1e-3),
-  "grpo": (0.3, "online.kl", 1e-3),
+  "ipo": (0.1, "loss.beta", 1e-3),
+  "kto": (0.3, "loss.beta", 5e-4),
+  "orpo": (5.0, "loss.lam", 1e-3),
+  "ppo": (0.1, "online.kl", 2e-3),
+  "grpo": (0.1, "online.kl", 2e-3),
   "online_dpo": (0.3, "loss.beta", 1e-3),
 }
 ONLINE = ("ppo", "grpo", "online_dpo")

@@ -35,9 +35,9 @@ class Form:
   sizes: tuple[int, ...] = (300, 1000, 20000)
   sized: tuple[str, ...] = ("dpo", "ipo", "ppo")
   budget: int = 10240  # responses with a gradient, all stages after SFT
-  kl: float = 2.0  # nats a response, at which methods are compared
+  kl: float = 1.0  # nats a response, at which methods are compared
   counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # n of best-of-n
-  prompts: int = 384
+  prompts: int = 192
   sft_steps: int = 400
   width: int = 48
   layers: int = 2
