@@ -25,8 +25,11 @@ def devices(name: str) -> list[Any]:
       f"--topology={name}: the compiler for TPUs is not installed; pip install"
       ' "jax[tpu]"'
     )
-  # Neither the TPUs of this machine are looked for, nor a cloud's metadata.
+  # What libtpu would ask a cloud for and complains of where there is none; the
+  # topology does not depend on it.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   jax.config.update("jax_platforms", "cpu")
   try:
     return list(topologies.get_topology_desc(name, "tpu").devices)
