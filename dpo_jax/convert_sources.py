@@ -25,7 +25,7 @@ from dpo_jax.config import Mesh, from_dict
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, peft
 from dpo_jax.models.hf_files import INDEX, read_object
-from dpo_jax.trainable import Trainable
+from dpo_jax.trainable import VALUE, Trainable
 from dpo_jax.weights import load_policy
 from dpo_jax.workdir import Workdir
 
@@ -100,7 +100,8 @@ def load_run(workdir: pathlib.Path, step: int) -> Source:
   built = build(config)
   trainable = Trainable(built.abstract, config.optim.freeze)
   trained, frozen = trainable.split(built.abstract)
-  variables = stored.read_trained(place.checkpoints, step, trained)
+  # PPO's value model is no part of what is served.
+  variables = stored.read_trained(place.checkpoints, step, trained, (VALUE,))
   if frozen:  # as the run found it
     meta = stored.read_meta(place.checkpoints, step)
     _check_same(config.model.path, meta.get("frozen"))

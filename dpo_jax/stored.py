@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -88,29 +89,41 @@ def read_state(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
   return _read(directory, step, abstract, _read_whole)
 
 
-def read_trained(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
+def read_trained(
+  directory: str | os.PathLike,
+  step: int,
+  abstract: Any,
+  beside: Collection[str] = (),
+) -> Any:
   """Reads what a step holds of the policy, and nothing of the optimizer.
 
   Args:
     directory: of the checkpoints; nothing is written there.
     step: one of `saved_steps`.
     abstract: the trained variables as shapes, dtypes and shardings.
+    beside: collections that were trained as well and are not asked for.
 
   Raises:
     DamagedError: it cannot be read, or is not what was written.
     CheckpointError: other arrays are trained.
   """
-  return _read(directory, step, {"params": abstract}, _read_part)["params"]
+  wanted = {"params": abstract}
+  return _read(directory, step, wanted, _read_part, beside)["params"]
 
 
-def _read(directory, step, abstract, read) -> Any:
+def _read(directory, step, abstract, read, beside=()) -> Any:
   place = pathlib.Path(directory).absolute() / str(step)
   document = read_meta(directory, step)
   wanted = _describe(abstract)
   saved = document["arrays"]
   if read is _read_part:
     top = {name.partition("/")[0] for name in wanted}
-    saved = {k: v for k, v in saved.items() if k.partition("/")[0] in top}
+    saved = {
+      name: kind
+      for name, kind in saved.items()
+      if name.partition("/")[0] in top
+      and not name.startswith(tuple(f"params/{one}/" for one in beside))
+    }
   _check_fits(f"{directory}: step {step}", saved, wanted)
   tree, error = None, None
   try:

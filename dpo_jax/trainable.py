@@ -21,6 +21,7 @@ from dpo_jax.errors import ConfigError
 
 Tree = dict[str, Any]
 _FIXED = re.compile(r"lora/.*/(scale|dropout)$")
+VALUE = "value"  # collection of PPO's value model, beside the policy's
 _ALWAYS = "params/score"  # a reward model's head, beside adapters too
 
 

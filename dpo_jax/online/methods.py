@@ -18,13 +18,13 @@ from dpo_jax.online.packing import Packed, Packer
 from dpo_jax.online.pairs import pairs_of
 from dpo_jax.online.rollout import Rollout
 from dpo_jax.online.updates import (
-  VALUE,
   mean_of,
   minibatches,
   score_tokens,
   update_step,
 )
 from dpo_jax.train_step import Sums, TrainState, Variables, train_step
+from dpo_jax.trainable import VALUE
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 

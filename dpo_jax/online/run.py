@@ -21,10 +21,10 @@ from dpo_jax.online.packing import Packer
 from dpo_jax.online.prompts import PromptPlan, Used
 from dpo_jax.online.rewards import Rewards
 from dpo_jax.online.rollout import Roller, Rollout
-from dpo_jax.online.updates import VALUE
 from dpo_jax.online_checks import answers, check_online
 from dpo_jax.run import Run, router_balance
 from dpo_jax.train_step import Sums, TrainState
+from dpo_jax.trainable import VALUE
 
 
 class OnlineRun(Run):

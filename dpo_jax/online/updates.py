@@ -13,7 +13,6 @@ from dpo_jax.batch import Batch
 from dpo_jax.score import Score
 from dpo_jax.train_step import Sums, TrainState, Variables, update
 
-VALUE = "value"  # the collection of the value model, beside the policy's
 Given = dict[str, jax.Array]  # f[B S] each, constants of an update
 # (params, frozen, batch, given, its counts) -> the loss, and sums
 Objective = Callable[..., tuple[jax.Array, Sums]]
