@@ -35,12 +35,15 @@ def main() -> None:
   # Most of the time of such small models goes into compiling them.
   flags = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1"
+  import jax
   from methods import forms, output, results, runs
 
   from dpo_jax.main import guard
 
   name = "quick" if args.quick else "full" if args.full else ""
   form = {"quick": forms.QUICK, "full": forms.FULL, "": forms.Form()}[name]
+  if args.quick:
+    jax.config.update("jax_disable_most_optimizations", True)
   if args.seeds:
     form = dataclasses.replace(form, seeds=args.seeds)
   folder = pathlib.Path(args.workdir or f"runs/methods{name and f'_{name}'}")

@@ -18,6 +18,7 @@ from methods.forms import FULL, QUICK, Form, Job, chain
 from methods.peak import peak_memory
 from methods.results import TITLES, reward_at
 from methods.runs import Runs
+from runs import compile_once  # noqa: F401
 
 from configs.compare_methods import METHODS, TOKENS
 from dpo_jax.best_of_n import analytic_kl, pick
@@ -98,17 +99,23 @@ def test_the_tables_have_the_numbers_that_were_judged(folder):
       sum(t["wall_seconds"] for t in trained)
     )
     assert int(row["stages"]) == 1 + len(trained)
-  points = rows_of(folder / "points.csv")
-  dials = [float(p["dial"]) for p in points if p["method"] == "dpo"]
-  assert dials == [0.1, 0.3, 1.0]
-  for p in points:
-    job = Job(p["method"], float(p["dial"]), 0, QUICK.pairs)
-    assert float(p["accuracy"]) == judged["rows"][job.name]["accuracy"]
   best = judged["best_of_n"]["0"]
   assert [b["n"] for b in best] == list(QUICK.counts)
   for b in best:
     assert b["analytic_kl"] == analytic_kl(b["n"])
     assert -1e-9 <= b["kl"] <= b["analytic_kl"] + 1e-9
+  points = rows_of(folder / "points.csv")
+  assert [p["dial"] for p in points if p["method"] == "dpo"] == [
+    "0.1", "0.3", "0.3",
+  ]  # fmt: skip
+  for p in points:
+    if p["method"] == "best_of_n":
+      own = next(b for b in best if b["n"] == int(p["dial"]))
+    else:
+      job = Job(p["method"], float(p["dial"]), 0, int(p["pairs"]))
+      own = judged["rows"][job.name]
+      assert float(p["accuracy"]) == own["accuracy"]
+    assert float(p["reward"]) == own["reward"] and float(p["kl"]) == own["kl"]
 
 
 def test_what_is_done_is_not_done_again(folder, monkeypatch):

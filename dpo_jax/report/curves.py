@@ -9,11 +9,13 @@ from dpo_jax.report import ticks as t
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 330, 250, 52, 46, 30
 _CHAR, _LINE = 6.6, 18  # of the legend
-# Light, dark: told apart also by those who see few colours.
+# Light, dark: told apart also by those who see few colours; the first is for
+# what is no measurement.
 _COLORS = (
-  ("#1d5fd1", "#74aaff"), ("#c2500a", "#ff9d5c"), ("#0c7a45", "#5fd39a"),
-  ("#8a2fb0", "#d79bf0"), ("#a8860b", "#e8c547"), ("#0e8fa3", "#5fd7e8"),
-  ("#c0267e", "#ff86c4"), ("#6b4a2b", "#c9a27e"), ("#5b6878", "#9aa7b8"),
+  ("#5b6878", "#9aa7b8"), ("#1d5fd1", "#74aaff"), ("#c2500a", "#ff9d5c"),
+  ("#0c7a45", "#5fd39a"), ("#8a2fb0", "#d79bf0"), ("#a8860b", "#e8c547"),
+  ("#0e8fa3", "#5fd7e8"), ("#c0267e", "#ff86c4"), ("#6b4a2b", "#c9a27e"),
+  ("#1b2430", "#e6eaf0"), ("#7a9a01", "#b9d94c"),
 )  # fmt: skip
 _CSS = """
 text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1b2430}
@@ -34,6 +36,7 @@ class Curve(NamedTuple):
   y: Sequence[float]
   error: Sequence[float] | None = None  # the band's half height
   dashed: bool = False  # without dots: theory, and no measurement
+  color: int = 0  # of 11
 
 
 class Plane(NamedTuple):
@@ -46,15 +49,13 @@ class Plane(NamedTuple):
 
 
 def figure(planes: Sequence[Plane], title: str) -> str:
-  """An SVG: planes side by side, one legend below; a name has one colour in
-  all of them."""
-  names = list(dict.fromkeys(c.name for p in planes for c in p.curves))
+  """An SVG: planes side by side, one legend below, a line a name."""
   width = 10 + len(planes) * (_LEFT + _WIDTH + _GAP)
-  legend, lines = _legend(planes, names, width)
+  legend, lines = _legend(planes, width)
   height = _TOP + _HEIGHT + 48 + _LINE * lines
   parts = [f'<rect class="bg" width="{width}" height="{height}"/>']
   for i, plane in enumerate(planes):
-    parts.append(_plane(plane, names, 10 + i * (_LEFT + _WIDTH + _GAP)))
+    parts.append(_plane(plane, 10 + i * (_LEFT + _WIDTH + _GAP)))
   light, dark = (
     "".join(f".c{i}{{color:{pair[side]}}}" for i, pair in enumerate(_COLORS))
     for side in (0, 1)
@@ -68,26 +69,22 @@ def figure(planes: Sequence[Plane], title: str) -> str:
   )
 
 
-def _legend(planes, names, width) -> tuple[str, int]:
-  dashed = {c.name for p in planes for c in p.curves if c.dashed}
+def _legend(planes, width) -> tuple[str, int]:
+  named = {c.name: c for p in planes for c in p.curves}
   out, x, line = [], 10.0, 0
-  for name in names:
+  for name, curve in named.items():
     wide = 34 + _CHAR * len(name)
     if x + wide > width and x > 10:
       x, line = 10.0, line + 1
     y = _TOP + _HEIGHT + 50 + _LINE * line
-    kind = "d" if name in dashed else "l"
+    kind = "d" if curve.dashed else "l"
     out.append(
-      f'<g class="{_color(names, name)}"><path class="{kind}"'
+      f'<g class="c{curve.color}"><path class="{kind}"'
       f' d="M{x:.0f} {y}h20"/></g><text x="{x + 25:.0f}" y="{y + 4}">'
       f"{escape(name)}</text>"
     )
     x += wide + 12
   return "".join(out), line + 1
-
-
-def _color(names: Sequence[str], name: str) -> str:
-  return f"c{names.index(name) % len(_COLORS)}"
 
 
 def _shown(curve: Curve, most: float) -> list[tuple[float, float, float]]:
@@ -100,7 +97,7 @@ def _shown(curve: Curve, most: float) -> list[tuple[float, float, float]]:
   ]
 
 
-def _plane(plane: Plane, names: Sequence[str], left: float) -> str:
+def _plane(plane: Plane, left: float) -> str:
   shown = [(c, _shown(c, plane.most)) for c in plane.curves]
   points = [p for _, own in shown for p in own] or [(1.0, 0.0, 0.0)]
   place = math.log if plane.log else float
@@ -132,8 +129,8 @@ def _plane(plane: Plane, names: Sequence[str], left: float) -> str:
     )
   for curve, own in shown:
     if own:
-      color = _color(names, curve.name)
-      out.append(f'<g class="{color}">{_curve(curve, own, px, py)}</g>')
+      marks = _curve(curve, own, px, py)
+      out.append(f'<g class="c{curve.color}">{marks}</g>')
   return "".join(out)
 
 

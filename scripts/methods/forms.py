@@ -68,8 +68,8 @@ def chain(job: Job) -> list[Job]:
 
 
 QUICK = Form(
-  seeds=1, dials=(0.1, 1.0), dialed=("dpo",), pairs=96, sizes=(32,),
-  sized=("dpo", "ppo"), budget=256, kl=0.05, counts=(1, 2, 4), prompts=12,
+  seeds=1, dials=(0.1,), dialed=("dpo",), pairs=96, sizes=(32,),
+  sized=("dpo",), budget=256, kl=0.05, counts=(1, 2, 4), prompts=12,
   sft_steps=20, width=16, layers=1,
 )  # fmt: skip
 FULL = Form(

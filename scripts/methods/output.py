@@ -3,6 +3,7 @@
 import csv
 import math
 import pathlib
+from collections.abc import Sequence
 
 from configs.compare_methods import METHODS
 from dpo_jax.data import tastes
@@ -12,7 +13,7 @@ from methods.results import TITLES, Mean, Point, Results, Row
 
 _BEST = "best possible"
 # Of the curve that no policy lies above.
-_TILTS = [10 ** (k / 20) for k in range(24, -26, -1)]
+_TILTS = [5 * 0.002 ** (k / 60) for k in range(61)]  # 5 to 0.01
 
 
 def write(results: Results, folder: pathlib.Path) -> str:
@@ -27,11 +28,20 @@ def write(results: Results, folder: pathlib.Path) -> str:
   (folder / "table.md").write_text(table + "\n")
   _csv(folder / "table.csv", Row._fields, [_flat(row) for row in rows])
   points = [
-    (method, *_flat(point))
+    (method, results.form.pairs, *_flat(point))
     for method in METHODS
     for point in results.frontier(method)
   ]
-  _csv(folder / "points.csv", ("method", *Point._fields), points)
+  points += [
+    (method, pairs, *_flat(results.point(method, METHODS[method][0], pairs)))
+    for method in results.form.sized
+    for pairs in results.form.sizes
+  ]
+  nothing = Mean(math.nan, math.nan)
+  for x in results.best():
+    point = Point(int(x["n"].value), x["reward"], x["kl"], nothing)
+    points.append(("best_of_n", results.form.pairs, *_flat(point)))
+  _csv(folder / "points.csv", ("method", "pairs", *Point._fields), points)
   for name, draw in (
     ("frontier", _frontier),
     ("pairs", _pairs),
@@ -87,49 +97,49 @@ def _csv(path: pathlib.Path, fields, rows) -> None:
 
 
 def _frontier(results: Results) -> str:
-  form = results.form
-  best = results.best()
-  of_best = lambda key: Curve(
-    f"best-of-n, {'log n - (n-1)/n' if key == 'analytic_kl' else 'measured'}",
-    [x[key].value for x in best],
-    [x["reward"].value for x in best],
-    [x["reward"].error for x in best],
+  form, best = results.form, results.best()
+  measured = _curve(
+    "best_of_n", [x["kl"] for x in best], [x["reward"] for x in best]
   )
-  curves = [_theory()]
-  for method in form.dialed:
-    curves.append(_through(results, method))
-  measured = of_best("kl")._replace(name=TITLES["best_of_n"])
-  alone = ("chosen", *(m for m in METHODS if m not in ("chosen", *form.dialed)))
-  for method in dict.fromkeys(alone):
-    curves.append(_through(results, method))
-  title = f"Reward and KL, {form.seeds} seeds"
+  formula = measured._replace(
+    name="best-of-n, at log n - (n-1)/n",
+    x=[x["analytic_kl"].value for x in best],
+    error=None,
+    dashed=True,
+  )
+  through = []
+  for method in METHODS:
+    points = results.frontier(method)
+    if method != "orpo":  # whose dial is no beta: more of it goes further
+      points = points[::-1]
+    through.append(
+      _curve(method, [p.kl for p in points], [p.reward for p in points])
+    )
+  axis = "KL to SFT, nats a response"
   return figure(
     [
       Plane(
-        "True reward for what it costs in KL", "KL to SFT, nats a response",
-        "true reward", [*curves, measured],
+        "True reward for what it costs in KL", axis, "mean over answers",
+        [_theory(), *through, measured],
       ),
       Plane(
-        "Best-of-n: KL as measured and as by formula",
-        "KL to SFT, nats a response", "true reward",
-        [_theory(), of_best("kl"), of_best("analytic_kl")],
-        most=math.ceil(max(x["analytic_kl"].value for x in best)) + 0.01,
+        "Best-of-n: KL as measured and by formula", axis, "mean over answers",
+        [_theory(), measured, formula], most=max(formula.x) + 0.1,
       ),
     ],
-    title,
+    f"True reward and KL of every method, {form.seeds} seeds",
   )  # fmt: skip
 
 
-def _through(results: Results, method: str) -> Curve:
-  """By dial, from the largest beta on."""
-  points = results.frontier(method)
-  if method != "orpo":
-    points = points[::-1]
+def _curve(
+  method: str, x: Sequence, y: Sequence[Mean], name: str = ""
+) -> Curve:
   return Curve(
-    TITLES[method],
-    [p.kl.value for p in points],
-    [p.reward.value for p in points],
-    [p.reward.error for p in points],
+    name or TITLES[method],
+    [v.value if isinstance(v, Mean) else v for v in x],
+    [v.value for v in y],
+    [v.error for v in y],
+    color=list(TITLES).index(method),
   )
 
 
@@ -141,43 +151,39 @@ def _theory() -> Curve:
 def _pairs(results: Results) -> str:
   form = results.form
   sizes = sorted({*form.sizes, form.pairs})
-  by_reward, by_accuracy = [], []
-  for method in form.sized:
-    points = [results.point(method, METHODS[method][0], n) for n in sizes]
-    of = lambda key, points=points, method=method: Curve(
-      TITLES[method],
-      sizes,
-      [getattr(p, key).value for p in points],
-      [getattr(p, key).error for p in points],
-    )
-    by_reward.append(of("reward"))
-    by_accuracy.append(of("accuracy"))
+  by = {
+    key: [
+      _curve(
+        method,
+        sizes,
+        [
+          getattr(results.point(method, METHODS[method][0], n), key)
+          for n in sizes
+        ],
+      )
+      for method in form.sized
+    ]
+    for key in ("reward", "accuracy")
+  }
   scores = [results.reward_model_accuracy(n) for n in sizes]
-  by_accuracy.append(
-    Curve(
-      "reward model",
-      sizes,
-      [x.value for x in scores],
-      [x.error for x in scores],
-    )
-  )
+  by["accuracy"].append(_curve("start", sizes, scores, "reward model"))
   return figure(
     [
-      Plane("True reward", "pairs", "mean over answers", by_reward, log=True),
+      Plane(
+        "True reward", "pairs", "mean over answers", by["reward"], log=True
+      ),
       Plane(
         "Accuracy on held-out pairs", "pairs",
-        "share in order, by log-ratio or score", by_accuracy, log=True,
+        "share in order, by log-ratio or score", by["accuracy"], log=True,
       ),
     ],
-    "By number of pairs",
+    "True reward and accuracy by number of pairs",
   )  # fmt: skip
 
 
 def _beta(results: Results) -> str:
   form = results.form
-  methods = [m for m in form.dialed if m != "orpo"]
-  tilts = [t for t in _TILTS if min(form.dials) <= t <= max(form.dials) * 1.001]
-  best = tastes.frontier(tilts)
+  best = tastes.frontier(_TILTS)
   planes = []
   for key, title, unit, column in (
     ("reward", "True reward", "mean over answers", 1),
@@ -186,16 +192,11 @@ def _beta(results: Results) -> str:
   ):
     curves = []
     if column is not None:
-      curves.append(Curve(_BEST, tilts, list(best[:, column]), dashed=True))
-    for method in methods:
-      points = results.frontier(method)
-      curves.append(
-        Curve(
-          TITLES[method],
-          [p.dial for p in points],
-          [getattr(p, key).value for p in points],
-          [getattr(p, key).error for p in points],
-        )
-      )
+      curves.append(Curve(_BEST, _TILTS, list(best[:, column]), dashed=True))
+    for method in form.dialed:
+      if method != "orpo":
+        points = results.frontier(method)
+        values = [getattr(p, key) for p in points]
+        curves.append(_curve(method, [p.dial for p in points], values))
     planes.append(Plane(title, "beta", unit, curves, log=True))
-  return figure(planes, "By beta")
+  return figure(planes, "True reward, KL and accuracy by beta")

@@ -51,7 +51,8 @@ class Runs:
     self._write()
     if not jax.config.jax_compilation_cache_dir:
       jax.config.update("jax_compilation_cache_dir", str(workdir / "xla"))
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+      jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     data = workdir / "data"
     if not (data / "held_out").exists():
       write_tastes(data, sft=4 * form.pairs)
