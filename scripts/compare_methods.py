@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent
@@ -29,6 +30,9 @@ def main() -> None:
   form.add_argument("--full", action="store_true", help="hours of 2 cores")
   parser.add_argument(
     "--seeds", type=int, default=0, help="another number of seeds"
+  )
+  parser.add_argument(
+    "--figures", default="", help="also there, as methods_frontier.svg, ..."
   )
   args = parser.parse_args()
   sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
@@ -53,6 +57,9 @@ def main() -> None:
     for job in form.jobs():
       work.train(job)
     table = output.write(results.Results(work), folder)
+    for name in output.FIGURES if args.figures else ():
+      copy = pathlib.Path(args.figures) / f"methods_{name}.svg"
+      shutil.copyfile(folder / f"{name}.svg", copy)
     print(f"\n{table}\n\n  figures  {folder}/frontier.svg, pairs.svg, beta.svg")
 
 

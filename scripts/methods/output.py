@@ -42,11 +42,7 @@ def write(results: Results, folder: pathlib.Path) -> str:
     point = Point(int(x["n"].value), x["reward"], x["kl"], nothing)
     points.append(("best_of_n", results.form.pairs, *_flat(point)))
   _csv(folder / "points.csv", ("method", "pairs", *Point._fields), points)
-  for name, draw in (
-    ("frontier", _frontier),
-    ("pairs", _pairs),
-    ("beta", _beta),
-  ):
+  for name, draw in FIGURES.items():
     (folder / f"{name}.svg").write_text(draw(results))
   return table
 
@@ -200,3 +196,6 @@ def _beta(results: Results) -> str:
         curves.append(_curve(method, [p.dial for p in points], values))
     planes.append(Plane(title, "beta", unit, curves, log=True))
   return figure(planes, "True reward, KL and accuracy by beta")
+
+
+FIGURES = {"frontier": _frontier, "pairs": _pairs, "beta": _beta}

@@ -39,7 +39,11 @@ class Runs:
     self.root, self.form = workdir, form
     workdir.mkdir(parents=True, exist_ok=True)
     self._file = workdir / "judged.json"
-    sizes = {k: v for k, v in vars(form).items() if k in _DECISIVE}
+    sizes = {
+      k: list(v) if isinstance(v, tuple) else v
+      for k, v in vars(form).items()
+      if k in _DECISIVE
+    }
     self.judged = {"form": sizes}
     if self._file.exists():
       self.judged = json.loads(self._file.read_text())
