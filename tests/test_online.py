@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from online_runs import online_config
 from runs import compile_once, metric_rows, stop_after  # noqa: F401
+from safetensors.numpy import load_file
 
 from dpo_jax import sharding
 from dpo_jax.batch import Scores
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.convert import convert
 from dpo_jax.data.corpus import write_corpus
 from dpo_jax.errors import ConfigError
 from dpo_jax.online import OnlineRun
 from dpo_jax.online.held_out import TRAINING
 from dpo_jax.online.pairs import pairs_of
+from dpo_jax.sample import Sampled
 from dpo_jax.train import Stopped, train
 
 METHODS = ("ppo", "grpo", "pairs")
@@ -96,6 +99,17 @@ def test_settings_of_an_online_run_may_be_allowed_to_differ(finished):
     train(other, workdir)
   allowed = train(other, workdir, ["online.missing_end"])
   assert allowed["steps"] == summary["steps"]
+
+
+def test_a_checkpoint_converts_to_the_policy_alone(finished, tmp_path):
+  config, _, workdir = finished
+  convert(workdir, tmp_path / "served")
+  params, _ = trained(workdir, config)
+  served = load_file(tmp_path / "served" / "model.safetensors")
+  np.testing.assert_array_equal(
+    served["model.embed_tokens.weight"], params["params"]["embed"]
+  )
+  assert not any("score" in name for name in served)
 
 
 def test_a_single_update_starts_at_the_policy_that_answered(finished):
@@ -197,3 +211,74 @@ def test_an_online_run_is_another_run_with_another_seed(corpus):
   other = dataclasses.replace(config, seed=1)
   first, second = (OnlineRun(c).train_plan.members(0) for c in (config, other))
   assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_answers_are_counted_and_survived(corpus, method):
+  """A policy that ends at once: of each answer the end token alone is there."""
+  run = OnlineRun(online_config(corpus, method))
+  end, pad = run.built.tokenizer.eos_id, run.built.tokenizer.pad_id
+
+  def at_once(variables, prompts, seed):
+    tokens = np.full((len(prompts), 8), pad, np.int32)
+    tokens[:, 0] = end
+    lengths = np.ones(len(prompts), np.int32)
+    return Sampled(tokens, np.zeros(tokens.shape, np.float32), lengths)
+
+  run._roller._sampler = at_once
+  state, frozen = run.start()
+  reference = run.load_reference(state.params, frozen)
+  state, sums = run.step(state, reference, (), frozen)
+  assert sums["completions/empty_ratio"].mean() == 1
+  assert sums["completions/mean_length"].mean() == 1
+  assert sums["objective/scores"].mean() == 0
+  assert sums["rewards/failed"].mean() == sums["skipped"].mean() == 0
+  assert all(
+    jax.tree.leaves(
+      jax.tree.map(lambda x: np.isfinite(x).all(), jax.device_get(state.params))
+    )
+  )
+
+
+def test_adapters_learn_from_answers_and_the_base_is_their_reference(corpus):
+  run = OnlineRun(online_config(corpus, "grpo", **{"lora.rank": 2}))
+  state, frozen = run.start()
+  reference = run.load_reference(state.params, frozen)
+  before = jax.device_get(state.params)
+  state, sums = run.step(state, reference, (), frozen)
+  assert set(state.params) == {"lora"} and set(reference) == {"params"}
+  assert sums["objective/kl"].mean() == 0  # adapters that add nothing yet
+  assert sums["grad_norm"].mean() > 0 == sums["skipped"].mean()
+  same = jax.tree.map(np.array_equal, before, jax.device_get(state.params))
+  assert not all(jax.tree.leaves(same))
+
+
+def test_parts_of_an_update_change_no_number(corpus):
+  found = []
+  for parts in (1, 2):
+    config = online_config(
+      corpus,
+      "ppo",
+      **{
+        "train.microbatches": parts,
+        "online.epochs": 1,
+        "online.minibatches": 1,
+        "optim.name": "sgd",
+      },
+    )
+    run = OnlineRun(config)
+    state, frozen = run.start()
+    reference = run.load_reference(state.params, frozen)
+    state, sums = run.step(state, reference, (), frozen)
+    found.append(
+      (
+        sums["loss"].mean(),
+        sums["grad_norm"].mean(),
+        jax.device_get(state.params),
+      )
+    )
+  (loss, norm, params), (other, other_norm, others) = found
+  np.testing.assert_allclose(other, loss, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(other_norm, norm, rtol=1e-4)
+  for x, y in zip(*map(jax.tree.leaves, (params, others)), strict=True):
+    np.testing.assert_allclose(y, x, atol=1e-5)
