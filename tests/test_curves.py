@@ -48,10 +48,15 @@ def test_a_band_reaches_from_error_to_error():
   assert points[1] == points[2]  # an error that nobody knows is none
 
 
-def test_what_is_no_number_or_too_far_is_left_out():
+def test_what_is_no_number_is_left_out_and_what_is_too_far_cut_off():
   curve = Curve("a", [0, 1, 2, math.nan, 50], [1.0, math.nan, 2.0, 3.0, 9.0])
-  root = drawn(curve, most=10.0)
-  assert len(dots(root)) == 2
+  root = drawn(curve, most=10.0, range=(0.0, 4.0))
+  inside = [d for d in dots(root) if d[0] < float(root.get("width"))]
+  assert len(dots(root)) == 3 and len(inside) == 2
+  (frame,) = (x for x in root.iter(f"{SVG}svg") if x is not root)
+  left, top, width, height = map(float, frame.get("viewBox").split())
+  for x, y in inside:
+    assert left < x < left + width and top < y < top + height
   texts = [x.text for x in root.iter(f"{SVG}text")]
   assert "T & t" in texts and "a" in texts and "50" not in texts
   assert root.get("aria-label") == "a title"

@@ -45,7 +45,8 @@ class Plane(NamedTuple):
   unit: str  # of y
   curves: Sequence[Curve]
   log: bool = False  # x by its logarithm
-  most: float = math.inf  # x beyond is cut off
+  most: float = math.inf  # where x ends, though points lie beyond
+  range: tuple[float, float] = (-math.inf, math.inf)  # likewise of y
 
 
 def figure(planes: Sequence[Plane], title: str) -> str:
@@ -87,22 +88,28 @@ def _legend(planes, width) -> tuple[str, int]:
   return "".join(out), line + 1
 
 
-def _shown(curve: Curve, most: float) -> list[tuple[float, float, float]]:
+def _shown(curve: Curve) -> list[tuple[float, float, float]]:
   errors = curve.error or [0.0] * len(curve.x)
   points = zip(curve.x, curve.y, errors, strict=True)
   return [
     (x, y, e if math.isfinite(e) else 0.0)
     for x, y, e in points
-    if math.isfinite(x) and math.isfinite(y) and x <= most
+    if math.isfinite(x) and math.isfinite(y)
   ]
 
 
 def _plane(plane: Plane, left: float) -> str:
-  shown = [(c, _shown(c, plane.most)) for c in plane.curves]
-  points = [p for _, own in shown for p in own] or [(1.0, 0.0, 0.0)]
+  shown = [(c, _shown(c)) for c in plane.curves]
+  low, high = plane.range
+  points = [
+    (x, y, e)
+    for _, own in shown
+    for x, y, e in own
+    if x <= plane.most and low <= y <= high
+  ] or [(1.0, 0.0, 0.0)]
   place = math.log if plane.log else float
   x_marks = _x_marks([x for x, _, _ in points], plane.log)
-  ends = [y + s * e for _, y, e in points for s in (-1, 1)]
+  ends = [min(max(y + s * e, low), high) for _, y, e in points for s in (-1, 1)]
   y_marks = _round_marks(min(ends), max(ends))
   first, last = place(x_marks[0]), place(x_marks[-1])
   start, bottom = left + _LEFT, _TOP + _HEIGHT
@@ -127,11 +134,17 @@ def _plane(plane: Plane, left: float) -> str:
       f'<path class="axis" d="M{px(x):.1f} {bottom}v4"/><text class="m"'
       f' x="{px(x):.1f}" y="{bottom + 17}" text-anchor="middle">{x:,g}</text>'
     )
+  # What lies beyond the axes is cut off there, dots by half at most.
+  out.append(
+    f'<svg x="{start - 4}" y="{_TOP - 4}" width="{_WIDTH + 8}"'
+    f' height="{_HEIGHT + 8}" viewBox="{start - 4} {_TOP - 4} {_WIDTH + 8}'
+    f' {_HEIGHT + 8}">'
+  )
   for curve, own in shown:
     if own:
       marks = _curve(curve, own, px, py)
       out.append(f'<g class="c{curve.color}">{marks}</g>')
-  return "".join(out)
+  return "".join(out) + "</svg>"
 
 
 def _curve(curve: Curve, points, px, py) -> str:

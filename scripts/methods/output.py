@@ -102,6 +102,7 @@ def _frontier(results: Results) -> str:
     x=[x["analytic_kl"].value for x in best],
     error=None,
     dashed=True,
+    color=0,
   )
   through = []
   for method in METHODS:
@@ -116,7 +117,7 @@ def _frontier(results: Results) -> str:
     [
       Plane(
         "True reward for what it costs in KL", axis, "mean over answers",
-        [_theory(), *through, measured],
+        [_theory(), *through, measured], most=6.5, range=(-0.5, 4),
       ),
       Plane(
         "Best-of-n: KL as measured and by formula", axis, "mean over answers",
@@ -181,10 +182,10 @@ def _beta(results: Results) -> str:
   form = results.form
   best = tastes.frontier(_TILTS)
   planes = []
-  for key, title, unit, column in (
-    ("reward", "True reward", "mean over answers", 1),
-    ("kl", "KL to SFT", "nats a response", 0),
-    ("accuracy", "Accuracy on held-out pairs", "share in order", None),
+  for key, title, unit, column, room in (
+    ("reward", "True reward", "mean over answers", 1, (-1, 4)),
+    ("kl", "KL to SFT", "nats a response", 0, (-0.2, 10)),
+    ("accuracy", "Accuracy on held-out pairs", "share in order", None, (0, 1)),
   ):
     curves = []
     if column is not None:
@@ -194,7 +195,7 @@ def _beta(results: Results) -> str:
         points = results.frontier(method)
         values = [getattr(p, key) for p in points]
         curves.append(_curve(method, [p.dial for p in points], values))
-    planes.append(Plane(title, "beta", unit, curves, log=True))
+    planes.append(Plane(title, "beta", unit, curves, True, range=room))
   return figure(planes, "True reward, KL and accuracy by beta")
 
 
