@@ -1,7 +1,7 @@
 """Three stages with rollouts, or one supervised loss: both, on one task.
 
   python scripts/compare_methods.py --quick  # a minute or two: all is made
-  python scripts/compare_methods.py          # some seeds, under an hour
+  python scripts/compare_methods.py          # two seeds, under an hour
   python scripts/compare_methods.py --full   # five seeds, all sizes and betas
 
 From one SFT model, at one budget of responses with a gradient: SFT on the

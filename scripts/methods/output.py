@@ -117,7 +117,8 @@ def _frontier(results: Results) -> str:
     [
       Plane(
         "True reward for what it costs in KL", axis, "mean over answers",
-        [_theory(), *through, measured], most=6.5, range=(-0.5, 4),
+        [_theory(), *through, measured], most=6.5,
+        range=(_floor(results, -0.5), 4),
       ),
       Plane(
         "Best-of-n: KL as measured and by formula", axis, "mean over answers",
@@ -138,6 +139,11 @@ def _curve(
     [v.error for v in y],
     color=list(TITLES).index(method),
   )
+
+
+def _floor(results: Results, low: float) -> float:
+  """Where the axis of rewards ends, so that the start is above it."""
+  return min(low, results.start().reward.value - 0.5)
 
 
 def _theory() -> Curve:
@@ -180,10 +186,10 @@ def _pairs(results: Results) -> str:
 
 def _beta(results: Results) -> str:
   form = results.form
-  best = tastes.frontier(_TILTS)
+  best, floor = tastes.frontier(_TILTS), _floor(results, -1)
   planes = []
   for key, title, unit, column, room in (
-    ("reward", "True reward", "mean over answers", 1, (-1, 4)),
+    ("reward", "True reward", "mean over answers", 1, (floor, 4)),
     ("kl", "KL to SFT", "nats a response", 0, (-0.2, 10)),
     ("accuracy", "Accuracy on held-out pairs", "share in order", None, (0, 1)),
   ):
