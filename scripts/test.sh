@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests; further arguments go to pytest. With
-# `--parity` first, runs the comparisons with torch, transformers and TRL.
+# Sets up .venv and runs the tests; further arguments go to pytest. With `--slow`
+# first, runs those that train, kill and continue whole runs; with `--parity`,
+# the comparisons with torch, transformers and TRL.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 install requirements-test.txt
-group="not parity"
-if [ "${1:-}" = "--parity" ]; then
+group="not parity and not slow"
+if [ "${1:-}" = "--slow" ]; then
+  shift
+  group="slow"
+elif [ "${1:-}" = "--parity" ]; then
   shift
   install requirements-parity.txt
   group="parity"

@@ -12,9 +12,11 @@ import sys
 import jax
 import pytest
 
-# Half of the time to compile, which is most of what tests do. XLA reads it when
-# it first compiles, and processes that the tests start inherit it.
-_QUICKLY = "--xla_backend_optimization_level=1"
+# Less than half of the time to compile, which is most of what tests do. XLA
+# reads it when it first compiles, and processes that tests start inherit it.
+_QUICKLY = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 _ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
@@ -24,7 +26,8 @@ if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
 # The files that take longest, longest first: a process that came to one of them
 # last would be waited for (scripts/test.sh keeps this order).
 _FIRST = (
-  "test_train.py", "test_processes_of_one_run.py", "test_killed.py",
+  "test_processes_of_one_run.py", "test_killed.py", "test_online.py",
+  "test_train.py", "test_collectives.py", "test_compare_methods.py",
   "test_losses.py", "test_stopped.py", "test_dtypes.py", "test_train_step.py",
   "test_sweep_killed.py", "test_moe_models.py", "test_losses_golden.py",
   "test_layouts.py", "test_lora_runs.py", "test_disk.py",

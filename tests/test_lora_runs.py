@@ -28,6 +28,8 @@ from dpo_jax.run import Run
 from dpo_jax.train import Stopped, train
 from dpo_jax.weights import load_policy
 
+pytestmark = pytest.mark.slow
+
 LORA = {"lora.rank": 4, "lora.alpha": 16.0, "lora.dropout": 0.1}
 
 

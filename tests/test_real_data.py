@@ -12,6 +12,8 @@ from dpo_jax.config import from_dict
 from dpo_jax.config_file import defaults
 from dpo_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 TESTED = pathlib.Path(__file__).resolve().parents[1]
 STORIES = SHARED / "data" / "stories260k" / "hf"
 TONE = SHARED / "data" / "tone_pairs" / "pairs.jsonl.gz"

@@ -150,6 +150,7 @@ def test_a_finished_run_is_not_run_again(corpus, finished, monkeypatch):
   assert train(small_config(corpus), workdir)["steps"] == summary["steps"]
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_number_may_change_on_the_way(
   corpus, finished, tmp_path, monkeypatch
 ):
@@ -229,6 +230,7 @@ def test_a_damaged_checkpoint_is_named(corpus, finished, tmp_path):
     saved.restore(STEPS, run.abstract_state)
 
 
+@pytest.mark.slow
 def test_answers_before_are_those_of_step_0_also_where_they_were_lost(
   corpus, finished, tmp_path, monkeypatch
 ):
@@ -282,6 +284,7 @@ CARRIED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carried", CARRIED)
 def test_a_run_is_continued_with_all_that_it_carries(
   corpus, tmp_path, monkeypatch, carried
@@ -381,6 +384,7 @@ TRAINED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", TRAINED)
 def test_every_kind_of_loss_trains_from_the_same_config(corpus, tmp_path, loss):
   ranked = loss in ("plackett_luce", "tpo")

@@ -7,6 +7,8 @@ import pytest
 
 from faults.launch import STEPS_OF_TWO, checksums, launch, rows, saved
 
+pytestmark = pytest.mark.slow
+
 STEPS = 120
 SAVES_OFTEN = (
   f"--config.train.steps={STEPS}",

@@ -6,6 +6,8 @@ from safetensors.numpy import load_file
 
 from faults.launch import checksums, launch, rows
 
+pytestmark = pytest.mark.slow
+
 EXPORT = "--config.train.export=true"
 STEPWISE = "--config.train.checkpoint_every=3"
 

@@ -7,6 +7,8 @@ import pytest
 
 from faults.launch import checksums, launch, rows, saved
 
+pytestmark = pytest.mark.slow
+
 STEPS, ANSWERS = 10, 8 * 2
 FLAGS = (
   "--config.online.method=ppo",

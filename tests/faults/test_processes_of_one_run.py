@@ -8,6 +8,8 @@ import pytest
 
 from faults.launch import STEPS_OF_TWO, checksums, launch, rows
 
+pytestmark = pytest.mark.slow
+
 # Sums over two devices do not depend on their order; over more, how the
 # processes are cut decides where gloo begins to add.
 LAYOUTS = [(1, 8), (2, 4), (4, 2)]

@@ -7,6 +7,8 @@ import pytest
 
 from faults.launch import STEPS_OF_TWO, checksums, launch, rows, saved
 
+pytestmark = pytest.mark.slow
+
 
 def ends_as_the_straight_run(corpus, xla, workdir, straight):
   assert launch(corpus, workdir, cache=xla).wait() == [0]

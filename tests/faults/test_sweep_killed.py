@@ -13,6 +13,8 @@ import pytest
 from dpo_jax.sweep.status import Place, State
 from dpo_jax.writers import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 24
 TINY = {
