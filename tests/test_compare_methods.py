@@ -48,6 +48,7 @@ def rows_of(path):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_quick_form_makes_every_part_of_the_output(folder):
   names = {row["name"] for row in rows_of(folder / "table.csv")}
   assert names == set(TITLES.values())
@@ -65,6 +66,7 @@ def test_the_quick_form_makes_every_part_of_the_output(folder):
       assert 0 < float(dot.get("cy")) < height
 
 
+@pytest.mark.slow
 def test_all_methods_have_the_same_budget(folder):
   rows = rows_of(folder / "table.csv")
   spent = {r["name"]: int(r["responses"]) for r in rows}
@@ -84,6 +86,7 @@ def test_all_methods_have_the_same_budget(folder):
     assert stage == QUICK.budget // (1 if whole else 2)
 
 
+@pytest.mark.slow
 def test_the_tables_have_the_numbers_that_were_judged(folder):
   judged = json.loads((folder / "judged.json").read_text())
   table = {row["name"]: row for row in rows_of(folder / "table.csv")}
@@ -118,6 +121,7 @@ def test_the_tables_have_the_numbers_that_were_judged(folder):
     assert float(p["reward"]) == own["reward"] and float(p["kl"]) == own["kl"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(folder, monkeypatch):
   def never(*_):
     raise AssertionError("trained or judged again")

@@ -24,6 +24,7 @@ from dpo_jax.sample import Sampled
 from dpo_jax.train import Stopped, train
 
 METHODS = ("ppo", "grpo", "pairs")
+EACH = ["ppo", *(pytest.param(x, marks=pytest.mark.slow) for x in METHODS[1:])]
 CLOCKS = ("rollout_seconds", "update_seconds")
 
 
@@ -32,7 +33,7 @@ def corpus(tmp_path_factory):
   return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=48)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=EACH)
 def finished(request, corpus, tmp_path_factory):
   workdir = tmp_path_factory.mktemp(request.param) / "run"
   config = online_config(corpus, request.param)
@@ -213,7 +214,7 @@ def test_an_online_run_is_another_run_with_another_seed(corpus):
   assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 def test_empty_answers_are_counted_and_survived(corpus, method):
   """A policy that ends at once: of each answer the end token alone is there."""
   run = OnlineRun(online_config(corpus, method))

@@ -76,6 +76,7 @@ def test_a_completion_without_another_to_mismatch_is_one_line(tmp_path):
     train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("loss", "n"), [("dpo", 1), ("dpo", 3), ("bco", 1), ("orpo", 3)]
 )
