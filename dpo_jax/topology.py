@@ -1,6 +1,5 @@
 """Devices that are not there: to compile for TPUs, their names are enough."""
 
-import importlib.util
 import os
 from typing import Any
 
@@ -20,11 +19,13 @@ def devices(name: str) -> list[Any]:
   Raises:
     ConfigError: libtpu is not installed, or knows no such topology.
   """
-  if importlib.util.find_spec("libtpu") is None:
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as e:
     raise ConfigError(
       f"--topology={name}: the compiler for TPUs is not installed; pip install"
       ' "jax[tpu]"'
-    )
+    ) from e
   # What libtpu would ask a cloud for and complains of where there is none; the
   # topology does not depend on it.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -189,7 +189,8 @@ class Device:
 
 
 def test_a_device_without_host_memory_is_refused(corpus, monkeypatch):
-  monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+  devices = property(lambda _: [Device()])
+  monkeypatch.setattr(jax.sharding.Mesh, "local_devices", devices)
   for setting in BOTH:
     with pytest.raises(ConfigError, match=rf"{setting}: Old Chip") as error:
       Run(small_config(corpus, **{setting: True}))

@@ -11,6 +11,7 @@ import pytest
 from faults.launch import ROOT, TINY, checksums, launch, rows, saved
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_at_once_and_leaves_the_steps_before(
   corpus, xla, straight, tmp_path
 ):
