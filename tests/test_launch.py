@@ -323,7 +323,6 @@ def test_the_tpu_script_continues_what_stopped_and_goes_on_after_failures(
   assert (tmp_path / "good" / "summary.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_tpu_script_passes_a_signal_on_and_waits_for_the_checkpoint(
   tpu, tmp_path, number
