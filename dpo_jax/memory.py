@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util as traverse
 import jax
 import numpy as np
+from jax.extend.core import Var
 
 from dpo_jax import offload, processes, sharding
 from dpo_jax.batch import Scores
@@ -109,7 +110,8 @@ def _kept(run, score) -> int:
   weights = {x.shape for x in jax.tree.leaves((state.params, frozen))}
   parts = sharding.batch_shards(run.built.mesh) * run.config.train.microbatches
   total = 0
-  for x in set(program.outvars) - set(program.invars):
+  made = {x for x in program.outvars if isinstance(x, Var)}  # no numbers
+  for x in made - set(program.invars):
     if x.aval.memory_space != jax.memory.Space.Host:
       size = math.prod(x.aval.shape) * x.aval.dtype.itemsize
       total += size if x.aval.shape in weights else size // parts
