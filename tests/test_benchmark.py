@@ -136,6 +136,7 @@ def run(tmp_path, *arguments):
   return found.stdout, one
 
 
+@pytest.mark.slow
 def test_variants_in_turns_have_the_same_losses_on_ragged_batches(tmp_path):
   sizes = [f"--{name}={value}" for name, value in TINY.items()]
   text, one = run(tmp_path, *sizes, "--lengths=hh-like", "--longest=128")

@@ -213,6 +213,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
   assert (drawn.std(0) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_every_step_and_part_of_a_batch_drops_something_else():
   tx = optim.make(lambda _: 0.0)
   variables = adapted(Lora(3, dropout=0.4))

@@ -70,6 +70,7 @@ def on_eight(corpus):
   return json.loads(printed.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices_compute_the_same_bits(on_eight, kind):
   (numbers, sums, left), (same, again, moved) = on_eight[kind]
@@ -80,6 +81,7 @@ def test_eight_devices_compute_the_same_bits(on_eight, kind):
   assert moved["moments"] == 2 * moved["reference"]  # each split alike
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_both_moved(corpus, tmp_path, monkeypatch):
   train(small_config(corpus), tmp_path / "plain")
   with monkeypatch.context() as patch:

@@ -47,6 +47,7 @@ def on_eight(tmp_path_factory):
   return {kind: (memory.Held(*x), *rest) for kind, (x, *rest) in read.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_tell_what_the_compiler_counts(on_eight, kind):
   held, given, _ = on_eight[kind]
@@ -58,6 +59,7 @@ def test_shapes_tell_what_the_compiler_counts(on_eight, kind):
   assert given == pytest.approx(by_shapes, rel=2e-3, abs=2**12)
 
 
+@pytest.mark.slow
 def test_each_way_to_save_saves_what_it_says(on_eight):
   held = {kind: of_kind for kind, (of_kind, *_) in on_eight.items()}
   plain = held["all"]
@@ -75,6 +77,7 @@ def test_each_way_to_save_saves_what_it_says(on_eight):
   assert held["block"]._replace(temporary=0) == plain._replace(temporary=0)
 
 
+@pytest.mark.slow
 def test_weights_are_split_over_fsdp_alone(on_eight, tmp_path):
   run = make_run(tmp_path, (1, 1, 1), MODEL)
   alone = memory.device_bytes(run.abstract_state.params)
@@ -82,6 +85,7 @@ def test_weights_are_split_over_fsdp_alone(on_eight, tmp_path):
   assert held.trained == pytest.approx(alone / 4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_backward_is_reckoned_by_shapes(on_eight):
   held = {kind: of_kind.temporary for kind, (of_kind, *_) in on_eight.items()}
   kept = {kind: reckoned for kind, (_, _, reckoned) in on_eight.items()}

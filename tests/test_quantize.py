@@ -141,6 +141,7 @@ def test_parts_of_a_kernel_lie_on_the_mesh_as_the_kernel_does():
   assert not any(sharding.spec_for("layers/mlp_norm/scale", (2, 8), mesh))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_packed_base_learns_and_leaves_adapters(
   corpus,
   base,

@@ -53,6 +53,7 @@ def source(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_time_leaves_a_whole_entry_or_none(
   source, tmp_path
 ):
