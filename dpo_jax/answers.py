@@ -143,6 +143,7 @@ def as_examples(
     prompt_lengths=p,
     lengths=np.stack([r, np.zeros(n, np.int32)], axis=1),
     desirable=np.ones(n, bool),
+    margins=np.zeros(n, np.float32),
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),
     subset_names=("",),

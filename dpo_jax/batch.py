@@ -64,4 +64,5 @@ class Batch(NamedTuple):
   lengths: jax.Array  # i32[B M K], scored tokens of each response
   weights: jax.Array  # f32[B M], 0 for an empty place
   desirable: jax.Array  # bool[B M], labels of unpaired data
+  margins: jax.Array  # f32[B M], of pairs: by how much the first is better
   reference: Scores | None = None  # under the reference, if precomputed

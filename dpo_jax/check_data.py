@@ -101,6 +101,12 @@ def _counts(examples: Examples, eval_rows: int) -> list[str]:
     found = np.bincount((examples.lengths > 0).sum(axis=1))
     sizes = [f"{n} of {k}" for k, n in enumerate(found) if n]
     lines.append(f"rankings    {', '.join(sizes)} responses")
+  if examples.margins.any():
+    told = examples.margins[examples.margins > 0]
+    lines.append(
+      f"margins     {len(told)} pairs have one, from {told.min():.3g} to"
+      f" {told.max():.3g}"
+    )
   names = [n for n in examples.subset_names if n]
   if names:
     lines.append(f"subsets     {', '.join(names)}")

@@ -112,6 +112,7 @@ class _Lengths(NamedTuple):
   lengths: np.ndarray
   weights: None = None
   desirable: None = None
+  margins: None = None
 
 
 def by_subset(

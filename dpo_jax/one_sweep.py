@@ -47,7 +47,7 @@ def one_sweep(
   Args:
     objective: a sum over examples, each by itself. Called with some rows of
       the batch, in which the weights of others are 0; of the batch it may read
-      `lengths`, `weights` and `desirable`.
+      `lengths`, `weights`, `desirable` and `margins`.
     summed: (token log-probs f32[B S], rows of the batch, squares f32[B S] or
       None) -> scores; of the batch it may read `slot` and `lengths`.
     tile: most scored tokens whose logits are alive at once.
@@ -249,6 +249,7 @@ class _Packed:
       lengths=some(batch.lengths),
       weights=jnp.where(mine, some(batch.weights), 0.0),
       desirable=some(batch.desirable),
+      margins=some(batch.margins),
     )
     begin = self.starts[first] - row * self._scored
     return _Rows(part, jax.tree.map(some, reference), begin)

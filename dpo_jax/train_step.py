@@ -224,7 +224,8 @@ def loss_inputs(
   Args:
     policy: f32[B M K] each; of a reward model its scores.
     reference: likewise, or None.
-    batch: lengths, labels and weights; anything with these three will do.
+    batch: lengths, labels, margins and weights; anything with these four will
+      do.
     state: what the loss carries.
     training: False leaves that as it is.
     gold: of three ranked responses the pair is the second and the third.
@@ -233,6 +234,7 @@ def loss_inputs(
   lengths = batch.lengths.astype(jnp.float32)
   inputs = {
     "desirable": batch.desirable,
+    "preference_margins": batch.margins,
     "weights": batch.weights,
     "ranked_lengths": lengths,
     "state": state,

@@ -48,6 +48,13 @@ def test_rankings_are_counted_measured_and_drawn(tmp_path):
   assert any(branch.endswith(": second") for branch in branches)
 
 
+def test_margins_are_said(tmp_path):
+  row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+  rows = [row | ({"margin": i} if i % 2 else {}) for i in range(8)]
+  lines = check(config_of(tmp_path / "a.jsonl", "reward", rows)).splitlines()
+  assert "margins     4 pairs have one, from 1 to 7" in lines
+
+
 def test_the_packing_ratio_counts_the_sequences_there_are(tmp_path):
   """One batch of one ranking: 3 sequences of 6 tokens against one row."""
   rows = [{"prompt": "ab", "responses": ["x", "yy", "z"]}]

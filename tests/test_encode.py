@@ -211,6 +211,19 @@ def test_what_a_template_refuses_is_dropped_and_what_breaks_it_stops():
     )
 
 
+def test_margins_stay_with_their_pairs():
+  rows = [
+    PAIR | {"margin": 0.5},
+    PAIR | {"margin": 1, "chosen": ""},
+    PAIR,
+    PAIR | {"margin": 3},
+  ]
+  examples, dropped, _ = encode(rows)
+  assert examples.margins.tolist() == [0.5, 0, 3]
+  assert dropped == {"empty_response": 1}
+  assert examples.select([2, 0]).margins.tolist() == [3, 0.5]
+
+
 def test_pairs_read_as_unpaired_give_both_sides_in_order():
   rows = [PAIR, PAIR | {"chosen": ""}, PAIR | {"rejected": PAIR["chosen"]}]
   examples, dropped, _ = encode(rows, kind="unpaired")

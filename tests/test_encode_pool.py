@@ -42,6 +42,7 @@ def write(path, n=60):
         "chosen": "é" * (i % 40 + 1),
         "rejected": f"r{i}",
         "subset": "cab"[i // 20],
+        "margin": i / 8,
       }
     )
     for i in range(n)

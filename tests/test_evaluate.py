@@ -43,6 +43,7 @@ def examples_of(kind, n=N, seed=0):
     prompt_lengths=lengths[0],
     lengths=lengths[1:].T,
     desirable=rng.random(n) < 0.5,
+    margins=np.zeros(n, np.float32),
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),
     subset_names=("",),

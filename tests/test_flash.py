@@ -52,6 +52,7 @@ def planned(tokens=160):
     prompt_lengths=prompt.astype(np.int32),
     lengths=lengths.astype(np.int32),
     desirable=np.ones(16, bool),
+    margins=np.zeros(16, np.float32),
     rows=np.arange(16),
     subsets=np.zeros(16, np.int32),
     subset_names=("random",),

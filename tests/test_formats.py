@@ -155,6 +155,14 @@ def test_content_in_parts_is_the_text_of_all():
       "'rejected' must be a string, found a list",
     ),
     (STRINGS | {"subset": 3}, "'subset' must be a string"),
+    (STRINGS | {"margin": "2"}, "'margin' must be a number, found a string"),
+    (STRINGS | {"margin": True}, "'margin' must be a number, found true"),
+    (STRINGS | {"margin": -0.5}, "'margin' must be from 0 to 1e6, found -0.5"),
+    (STRINGS | {"margin": 10**400}, "'margin' must be from 0 to 1e6, found 10"),
+    (
+      STRINGS | {"margin": float("inf")},
+      "'margin' must be a finite number, found inf",
+    ),
     ({"prompt": [], **ANSWERS}, "'prompt' must be a list of messages"),
     ({"prompt": ["hi"], **ANSWERS}, "'prompt[0]' must be a message"),
     (
@@ -223,6 +231,21 @@ def test_a_wrong_value_names_its_key(row, expected):
   with pytest.raises(DataError) as caught:
     to_example(row, detect_format(row))
   assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("told", "margin"),
+  [
+    ({"margin": 2}, 2),
+    ({"margin": 0.25}, 0.25),
+    ({"margin": None}, 0),
+    ({}, 0),
+  ],
+)
+def test_a_pair_may_say_by_how_much_it_is_one(told, margin):
+  for row in (STRINGS, {"prompt": [USER], **ANSWERS}):
+    row = row | told
+    assert to_example(row, detect_format(row)).margin == margin
 
 
 def test_scores_go_with_their_responses_highest_first():

@@ -566,6 +566,7 @@ def make_examples(rows, kind, desirable=None):
     prompt_lengths=lengths[:, 0],
     lengths=lengths[:, 1:],
     desirable=np.array([True] * n if desirable is None else desirable, bool),
+    margins=np.zeros(n, np.float32),
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),
     subset_names=("",),

@@ -34,6 +34,7 @@ def make_examples(prompt, chosen, rejected=None, *rest, kind="paired"):
     prompt_lengths=prompt.astype(np.int32),
     lengths=lengths,
     desirable=np.arange(n) % 2 == 0,
+    margins=np.arange(n, dtype=np.float32) / 4,
     rows=np.arange(n, dtype=np.int64) + 1000,
     subsets=np.zeros(n, np.int32),
     subset_names=("",),
@@ -377,6 +378,7 @@ def test_a_batch_tells_each_example_whole(kind):
           batch.positions[row, source], p - 1 + np.arange(len(response))
         )
       assert batch.desirable[row, place] == x.desirable[e]
+      assert batch.margins[row, place] == x.margins[e]
     # Nothing else is scored.
     scored = batch.slot < 2 * batch.weights.shape[1]
     prompts, responses = plan.lengths(step)

@@ -21,6 +21,7 @@ PAIRS = [
   {"prompt": f"p{i} é\0", "chosen": "", "rejected": "r", "subset": "s"}
   for i in range(30)
 ]
+CLEAR = [row | {"margin": i / 4} for i, row in enumerate(PAIRS)]
 CHATS = [
   {
     "prompt": [{"role": "user", "content": f"{i}"}] * (1 + i % 3),
@@ -53,7 +54,9 @@ def rows_of(source, split="train"):
 
 
 @pytest.mark.parametrize(
-  "rows", [PAIRS, CHATS, RANKINGS], ids=["pairs", "chats", "rankings"]
+  "rows",
+  [PAIRS, CLEAR, CHATS, RANKINGS],
+  ids=["pairs", "margins", "chats", "rankings"],
 )
 def test_rows_come_back_in_order(run, tmp_path, capsys, rows):
   source = write(tmp_path / "a.jsonl", rows)

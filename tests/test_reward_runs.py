@@ -3,6 +3,7 @@ goes on, and what cannot be is refused in one line."""
 
 import json
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -128,6 +129,24 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
   assert json.loads((tmp_path / "converted" / "config.json").read_text()) == (
     json.loads((tmp_path / "parts" / "model" / "config.json").read_text())
   )
+
+
+def test_margins_of_the_data_are_asked_of_the_scores(corpus, tmp_path):
+  lines = pathlib.Path(corpus["pairs"]).read_text().splitlines()
+  rows, found = [json.loads(line) for line in lines], []
+  for told in ({}, {"margin": 1.5}):
+    source = tmp_path / f"{len(told)}.jsonl"
+    source.write_text("".join(json.dumps(x | told) + "\n" for x in rows))
+    run = Run(reward_run(corpus | {"pairs": source}))
+    state, frozen = run.start()
+    batch, _ = run.train_plan[0]
+    assert set(batch.margins[batch.weights > 0]) == {told.get("margin", 0)}
+    _, sums = run.step(state, None, batch, frozen)
+    found.append(sums)
+  # The scores are the same, and near to one another before any step.
+  a, b = (sums["rewards/margins"].mean() for sums in found)
+  assert a == b and abs(a) < 0.2
+  assert found[1]["loss"].mean() > found[0]["loss"].mean() + 0.8
 
 
 def test_parts_of_a_batch_change_no_number(corpus):

@@ -92,6 +92,7 @@ def test_arrays_have_the_documented_types(examples):
     "prompt_lengths": "int32",
     "lengths": "int32",
     "desirable": "bool",
+    "margins": "float32",
     "rows": "int64",
     "subsets": "int32",
   }

@@ -350,6 +350,21 @@ def test_the_kl_of_kto_is_that_of_the_global_batch_in_every_part():
     np.testing.assert_allclose(sums["loss"].mean(), expected, rtol=1e-5)
 
 
+def test_the_margin_of_a_pair_comes_to_the_loss_with_it():
+  """Of a loss of scores, as which the toy's log-probs will do here."""
+  batch = make_batch()
+  margins = np.random.default_rng(0).exponential(3, batch.weights.shape)
+  batch = batch._replace(margins=(margins * batch.weights).astype(np.float32))
+  there = batch.weights > 0
+  scores = np.asarray(quick_jit(SCORE)(make_params(1), batch).logps)[there]
+  gaps = scores[:, 0] - scores[:, 1] - batch.margins[there]
+  expected = np.logaddexp(0, -np.float64(gaps)).mean()
+  for parts in (1, 4):
+    step = compiled(losses.make("reward"), parts)
+    _, sums = step(make_state(TX, 1), None, batch)
+    np.testing.assert_allclose(sums["loss"].mean(), expected, rtol=1e-5)
+
+
 def test_the_gradient_is_that_of_the_mean_loss():
   """One step of sgd at rate 1 against jax.grad of the written-out mean."""
   loss, batch, tx = losses.make("sft"), make_batch("sft"), optax.sgd(1.0)

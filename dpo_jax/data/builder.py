@@ -24,6 +24,8 @@ from dpo_jax.data.tfds_rows import JSON_SUFFIX
 from dpo_jax.data.tokenizer import check_text
 from dpo_jax.errors import DataError
 
+_NUMBERS = {"label": np.bool_, "margin": np.float32}
+
 
 class Preferences(tfds.core.GeneratorBasedBuilder):
   """Normalised rows of any format in `formats`, in the order of the source."""
@@ -48,8 +50,7 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = {
-      name: np.bool_ if name == "label" else tfds.features.Text()
-      for name in self._columns
+      name: _NUMBERS.get(name) or tfds.features.Text() for name in self._columns
     }
     return tfds.core.DatasetInfo(
       builder=self,
@@ -98,7 +99,7 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
 
 def normalise(row: dict, fmt: str) -> dict:
   """The columns stored for a row: prompt, its responses, their scores, label,
-  subset.
+  margin, subset.
 
   Raises:
     DataError: a value has the wrong type, or text cannot be UTF-8.
@@ -122,6 +123,8 @@ def normalise(row: dict, fmt: str) -> dict:
     columns[name] = value
   if example.desirable is not None:
     columns["label"] = example.desirable
+  if fmt in formats.PAIRED and "margin" in row:
+    columns["margin"] = example.margin
   if "subset" in row:
     check_text(example.subset, "'subset'")
     columns["subset"] = example.subset

@@ -38,6 +38,7 @@ class Encoded:
   lengths: array = field(default_factory=lambda: array("i"))
   counts: array = field(default_factory=lambda: array("i"))
   desirable: list[bool] = field(default_factory=list)
+  margins: array = field(default_factory=lambda: array("f"))
   row_numbers: array = field(default_factory=lambda: array("q"))
   subsets: array = field(default_factory=lambda: array("i"))
   subset_names: dict[str, int] = field(default_factory=dict)
@@ -65,7 +66,8 @@ class Encoded:
 
 
 _ARRAYS = (
-  "tokens", "prompt_lengths", "lengths", "counts", "desirable", "row_numbers"
+  "tokens", "prompt_lengths", "lengths", "counts", "desirable", "margins",
+  "row_numbers",
 )  # fmt: skip
 
 
@@ -77,6 +79,7 @@ class _Pending:
   row: int
   texts: tuple[str, ...]
   desirable: bool
+  margin: float
   subset: str
   notes: Counter
 
@@ -159,6 +162,7 @@ class Encoder:
         self.result.rows,
         texts,
         part.desirable is not False,
+        part.margin,
         part.subset,
         notes
         | Counter(
@@ -255,6 +259,7 @@ class Encoder:
     result.lengths.extend(map(len, responses))
     result.counts.append(len(responses))
     result.desirable.append(one.desirable)
+    result.margins.append(one.margin)
     result.row_numbers.append(one.row)
     names = result.subset_names
     result.subsets.append(names.setdefault(one.subset, len(names)))

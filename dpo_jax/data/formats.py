@@ -40,7 +40,8 @@ class RawExample:
   """One row: a prompt and its responses, best first.
 
   `desirable` is None unless the row carries a label. `scores` is empty, or has
-  the score of each response.
+  the score of each response. `margin` is by how much the first of a pair is
+  better, 0 where the row does not say.
   """
 
   prompt: Text
@@ -48,6 +49,7 @@ class RawExample:
   desirable: bool | None = None
   subset: str = ""
   scores: tuple[float, ...] = ()
+  margin: float = 0.0
 
 
 def detect_format(row: dict, bare: bool = False) -> str:
@@ -102,7 +104,8 @@ def to_example(row: dict, fmt: str) -> RawExample:
   subset = _subset(row)
   if fmt in PAIRED:
     prompt, chosen, rejected = _pair(row, fmt)
-    return RawExample(prompt, (chosen, rejected), None, subset)
+    responses, margin = (chosen, rejected), values.margin(row, "margin")
+    return RawExample(prompt, responses, None, subset, margin=margin)
   if fmt == "ranked":
     prompt, responses, scores = _ranking(row)
     return RawExample(prompt, responses, None, subset, scores)

@@ -17,6 +17,7 @@ class Example(NamedTuple):
   second: np.ndarray  # i32[q], q >= 0
   desirable: bool = True
   rest: tuple[np.ndarray, ...] = ()  # further responses of a ranking
+  margin: float = 0.0
 
   @property
   def responses(self) -> tuple[np.ndarray, ...]:
@@ -103,6 +104,7 @@ def empty_batch(rows: int, shape: RowShape) -> Batch:
     lengths=np.zeros((rows, m, shape.branches), np.int32),
     weights=zeros(m, np.float32),
     desirable=zeros(m, bool),
+    margins=zeros(m, np.float32),
   )
 
 
@@ -137,6 +139,7 @@ def fill_row(batch: Batch, row: int, examples: Iterable[Example]) -> None:
     batch.lengths[row, place, : len(lengths)] = lengths
     batch.weights[row, place] = 1.0
     batch.desirable[row, place] = example.desirable
+    batch.margins[row, place] = example.margin
 
 
 def _fill_pair(batch, row, at, scored, slot, prompt, two) -> tuple[int, int]:

@@ -204,8 +204,9 @@ class Plan:
     if self._layouts.mismatched:
       second = x.chosen(other)
     return Example(
-      x.prompt(e), first, second, bool(x.desirable[e]), tuple(rest)
-    )
+      x.prompt(e), first, second, bool(x.desirable[e]), tuple(rest),
+      float(x.margins[e]),
+    )  # fmt: skip
 
   def _find(self, step: int) -> tuple[Layout, int]:
     number, i = divmod(step, self._chunk)

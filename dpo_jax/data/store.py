@@ -17,7 +17,7 @@ from dpo_jax.data.tokenizer import HFTokenizer
 from dpo_jax.errors import DataError
 
 # Counts up when the same rows and settings would give other arrays.
-VERSION = 2
+VERSION = 3
 
 _log = logging.getLogger("dpo_jax")
 
@@ -34,6 +34,8 @@ class Examples:
     lengths: i32[N K], of the responses, 0 behind the last; K is the most that
       an example has, and at least 2.
     desirable: bool[N], True unless labelled otherwise.
+    margins: f32[N], by how much the first response of a pair is better; 0
+      unless the data says it.
     rows: i64[N], the row of the source (of the slice of it), from 0.
     subsets: i32[N], index into `subset_names`.
     report: what was read, dropped and changed; JSON values only.
@@ -45,6 +47,7 @@ class Examples:
   prompt_lengths: np.ndarray
   lengths: np.ndarray
   desirable: np.ndarray
+  margins: np.ndarray
   rows: np.ndarray
   subsets: np.ndarray
   subset_names: tuple[str, ...]
@@ -250,6 +253,7 @@ def _assemble(
     "prompt_lengths": prompt_lengths,
     "lengths": lengths,
     "desirable": np.array(encoded.desirable, dtype=bool),
+    "margins": np.array(encoded.margins, dtype=np.float32),
     "rows": np.array(encoded.row_numbers, dtype=np.int64),
     "subsets": np.array(encoded.subsets, dtype=np.int32),
   }

@@ -28,12 +28,25 @@ def numbers(row: dict, key: str, count: int) -> list[float]:
     )
   if len(value) != count:
     raise DataError(f"{key!r} must have {count} numbers, found {len(value)}")
-  for i, one in enumerate(value):
-    if isinstance(one, bool) or not isinstance(one, (int, float)):
-      found = kind_of(one)
-      raise DataError(f"'{key}[{i}]' must be a number, found {found}")
-    if isinstance(one, float) and not math.isfinite(one):
-      raise DataError(f"'{key}[{i}]' must be a finite number, found {one}")
+  return [_number(one, f"{key}[{i}]") for i, one in enumerate(value)]
+
+
+def margin(row: dict, key: str) -> float:
+  """A number of nats, not negative; 0 where the row has none. Raises DataError
+  for anything else."""
+  if row.get(key) is None:
+    return 0.0
+  value = _number(row[key], key)
+  if not 0 <= value <= 1e6:
+    raise DataError(f"{key!r} must be from 0 to 1e6, found {str(value)[:20]}")
+  return float(value)
+
+
+def _number(value: Any, place: str) -> float:
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    raise DataError(f"'{place}' must be a number, found {kind_of(value)}")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise DataError(f"'{place}' must be a finite number, found {value}")
   return value
 
 

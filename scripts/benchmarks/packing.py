@@ -69,6 +69,7 @@ def generate(name: str, n: int = 20_000, seed: int = 0) -> Examples:
     prompt_lengths=prompts,
     lengths=lengths,
     desirable=np.ones(n, bool),
+    margins=np.zeros(n, np.float32),
     rows=np.arange(n),
     subsets=np.zeros(n, np.int32),
     subset_names=("",),

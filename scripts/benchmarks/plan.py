@@ -18,6 +18,7 @@ def plan(problem: Problem) -> Plan:
     prompt_lengths=lengths[:, 0].astype(np.int32),
     lengths=lengths[:, 1:].astype(np.int32),
     desirable=np.ones(len(pairs), bool),
+    margins=np.zeros(len(pairs), np.float32),
     rows=np.arange(len(pairs)),
     subsets=np.zeros(len(pairs), np.int32),
     subset_names=("random",),
