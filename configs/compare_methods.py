@@ -29,12 +29,15 @@ METHODS = {
   "kto": (0.3, "loss.beta", 5e-4),
   "orpo": (5.0, "loss.lam", 1e-3),
   "ppo": (0.1, "online.kl", 2e-3),
+  "ppo_true": (0.1, "online.kl", 2e-3),
   "grpo": (0.1, "online.kl", 2e-3),
   "online_dpo": (0.3, "loss.beta", 1e-3),
 }
-ONLINE = ("ppo", "grpo", "online_dpo")
+_BASES = {
+  "ppo": ppo, "ppo_true": ppo, "grpo": grpo, "online_dpo": online_dpo,
+}  # fmt: skip
+REWARDED = ("ppo", "grpo", "online_dpo")  # by a model, trained before
 REWARD_RATE = 1e-3
-_BASES = {"ppo": ppo, "grpo": grpo, "online_dpo": online_dpo}
 
 
 def get_config(arg=None):
@@ -42,7 +45,7 @@ def get_config(arg=None):
     arg, method="dpo", dial=0.0, seed=0, pairs=5000, budget=10240,
     root="runs/methods",
   )  # fmt: skip
-  if arg.method in ONLINE:
+  if arg.method in _BASES:
     config = _BASES[arg.method].get_config(f"quickstart,root={arg.root}")
     _online(config, arg)
   else:
@@ -98,18 +101,23 @@ def _offline(config, arg):
 
 
 def _online(config, arg):
-  """Half of the budget is the reward model's (the method "reward")."""
-  config.online.reward = ""
-  config.online.reward_model = (
-    f"{arg.root}/reward seed{arg.seed} n{arg.pairs}/model"
-  )
+  """Half of the budget is the reward model's (the method "reward"), where there
+  is one."""
+  config.online.reward = "dpo_jax.data.tastes:true_reward"
+  budget = arg.budget
+  if arg.method in REWARDED:
+    budget //= 2
+    config.online.reward = ""
+    config.online.reward_model = (
+      f"{arg.root}/reward seed{arg.seed} n{arg.pairs}/model"
+    )
   config.online.max_tokens = TOKENS
   # Answers cost no gradient, so none is trained on twice; and each step passes
   # gradients through 2 * BATCH of them, in PPO through BATCH in two models.
   config.online.epochs = config.online.minibatches = 1
-  config.online.group = {"ppo": 1, "grpo": 4, "online_dpo": 2}[arg.method]
+  config.online.group = {"grpo": 4, "online_dpo": 2}.get(arg.method, 1)
   config.train.batch_size = BATCH // 2 if arg.method == "grpo" else BATCH
-  config.train.steps = arg.budget // 2 // (2 * BATCH)
+  config.train.steps = budget // (2 * BATCH)
 
 
 def _sft(config, arg):

@@ -6,10 +6,11 @@
 
 From one SFT model, at one budget of responses with a gradient: SFT on the
 chosen answers, best-of-n, DPO, IPO, KTO, ORPO, and a reward model with PPO,
-GRPO or online DPO behind it, all judged by the true reward of the generated
-task of dpo_jax/data/tastes.py. Prints a table; leaves table.md, table.csv,
-points.csv, frontier.svg, pairs.svg and beta.svg in the work directory. What is
-trained already is not trained again. docs/methods.md has what came out.
+GRPO or online DPO behind it; all judged by the true reward of the generated
+task of dpo_jax/data/tastes.py, which PPO is also given itself, as where rewards
+can be computed. Prints a table; leaves table.md, table.csv, points.csv,
+frontier.svg, pairs.svg and beta.svg in the work directory. What is trained
+already is not trained again. docs/methods.md has what came out.
 """
 
 import argparse

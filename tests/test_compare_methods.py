@@ -74,13 +74,15 @@ def test_all_methods_have_the_same_budget(folder):
   assert set(spent.values()) == {QUICK.budget}
   # What the runs themselves say of their steps: 32 pairs; 64 answers; 16
   # prompts with 4 answers; 32 answers in two models.
-  each = {"dpo": 2, "chosen": 1, "kto": 1, "grpo": 4, "ppo": 2, "reward": 2}
-  steps = {"chosen": 4, "dpo": 4, "kto": 4, "ppo": 2, "grpo": 2, "reward": 2}
-  for method, count in each.items():
+  runs = {
+    "dpo": (4, 2), "chosen": (4, 1), "kto": (4, 1), "reward": (2, 2),
+    "ppo": (2, 2), "ppo_true": (4, 2), "grpo": (2, 4),
+  }  # fmt: skip
+  for method, (steps, count) in runs.items():
     dial = METHODS.get(method, (0,))[0] or 0
     name = Job(method, dial, 0, QUICK.pairs).name
     summary = json.loads((folder / name / "summary.json").read_text())
-    assert summary["steps"] == steps[method]
+    assert summary["steps"] == steps
     stage = summary["steps"] * summary["batch_size"] * count
     whole = len(chain(Job(method, dial, 0, 1))) == 1 and method != "reward"
     assert stage == QUICK.budget // (1 if whole else 2)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from configs.compare_methods import METHODS, ONLINE
+from configs.compare_methods import METHODS, REWARDED
 
 
 class Job(NamedTuple):
@@ -28,9 +28,7 @@ class Job(NamedTuple):
 class Form:
   seeds: int = 2
   dials: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 5.0)
-  dialed: tuple[str, ...] = tuple(
-    m for m in METHODS if m not in ("chosen", "grpo")
-  )
+  dialed: tuple[str, ...] = tuple(m for m in METHODS if m != "chosen")
   pairs: int = 5000  # but where their number is what is varied
   sizes: tuple[int, ...] = (300, 1000, 20000)
   sized: tuple[str, ...] = ("dpo", "ipo", "ppo")
@@ -62,7 +60,7 @@ class Form:
 def chain(job: Job) -> list[Job]:
   """The runs behind a policy, those after SFT: the reward model's and its
   own."""
-  if job.method in ONLINE:
+  if job.method in REWARDED:
     return [Job("reward", 0, job.seed, job.pairs), job]
   return [job]
 

@@ -21,6 +21,7 @@ TITLES = {
   "ppo": "reward model + PPO",
   "grpo": "reward model + GRPO",
   "online_dpo": "online DPO",
+  "ppo_true": "PPO on the true reward",
 }
 
 
@@ -185,6 +186,8 @@ class Results:
 def _needs(config) -> tuple[str, bool]:
   """Data and reference, as loss and method say."""
   o = config.online
+  if o.reward:
+    return "prompts, rewards", True
   if o.method in ("ppo", "grpo"):
     return "pairs, prompts", o.method == "ppo" or o.kl > 0
   loss = config.make_loss()
