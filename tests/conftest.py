@@ -12,11 +12,14 @@ import sys
 import jax
 import pytest
 
-# Less than half of the time to compile, which is most of what tests do. XLA
-# reads it when it first compiles, and processes that tests start inherit it.
+# A fraction of the time to compile, which is most of what tests do. XLA reads it
+# when it first compiles, and processes that tests start inherit it.
 _QUICKLY = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  " --xla_cpu_parallel_codegen_split_count=4"
 )
+if jax.__version_info__ < (0, 11):  # later ones end at a flag they do not know
+  _QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 
 _ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 if _ROOT not in sys.path:  # `configs` and `dpo_jax`, installed or not
