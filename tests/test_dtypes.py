@@ -106,8 +106,10 @@ def test_margins_are_nought_at_the_reference_in_every_precision(
   family, kind, rank
 ):
   _, _, sums, _ = one_step(family, kind, rank)
-  assert float(sums["rewards/margins"].total) == 0
-  assert float(sums["loss"].mean()) == np.float32(np.log(2))
+  # Compiled with its backward the policy may round otherwise (README, "Numbers
+  # to rely on"): by float32, whatever it computes in.
+  assert abs(sums["rewards/margins"].mean()) <= 2e-6
+  np.testing.assert_allclose(sums["loss"].mean(), np.log(2), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

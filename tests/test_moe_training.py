@@ -112,7 +112,7 @@ def corpus(tmp_path_factory):
   return write_corpus(tmp_path_factory.mktemp("corpus"), pairs=48)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_model_with_experts_trains_and_is_exported(corpus, tmp_path, rank):
   changes = {"train.router_balance": 10.0, "lora.rank": rank}
   # In fewer steps adapters move ten held-out pairs less than chance does.

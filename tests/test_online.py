@@ -254,6 +254,7 @@ def test_adapters_learn_from_answers_and_the_base_is_their_reference(corpus):
   assert not all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_parts_of_an_update_change_no_number(corpus):
   found = []
   for parts in (1, 2):

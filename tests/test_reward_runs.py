@@ -164,6 +164,7 @@ def test_parts_of_a_batch_change_no_number(corpus):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_with_the_head_and_exported_merged(
   corpus, tmp_path
 ):

@@ -145,6 +145,7 @@ def test_the_first_process_alone_reads_the_work_directory(
   assert all(seen.values()) and all(map(all, seen.values())), seen
 
 
+@pytest.mark.slow
 def test_an_attempt_without_a_checkpoint_leaves_nothing_to_the_next(
   corpus, tmp_path, monkeypatch
 ):
@@ -174,6 +175,7 @@ def test_an_attempt_without_a_checkpoint_leaves_nothing_to_the_next(
   assert metric_rows(workdir) == metric_rows(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_curves(corpus, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
@@ -203,6 +205,7 @@ def test_a_run_that_diverges_says_what_there_is_to_continue_from(
     train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_step_that_was_evaluated_after_it_was_saved_may_be_the_best(
   corpus, tmp_path, monkeypatch
 ):

@@ -83,7 +83,9 @@ def test_the_exported_model_is_the_trained_one(corpus, finished):
   jax.tree.map(np.testing.assert_array_equal, state.params, again)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize(
+  "stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))]
+)
 def test_a_stopped_run_continues_to_the_same_numbers(
   corpus, finished, tmp_path, monkeypatch, stop
 ):
@@ -364,8 +366,10 @@ def test_three_ranked_responses_are_asked_for_where_they_are_needed(
 
 @pytest.mark.parametrize(
   "loss",
-  [{"loss.ld_alpha": 0.3}, {"loss.name": "bco"}],
-  ids=["tails", "labels"],
+  [
+    pytest.param({"loss.ld_alpha": 0.3}, marks=pytest.mark.slow, id="tails"),
+    pytest.param({"loss.name": "bco"}, id="labels"),
+  ],
 )
 def test_a_known_reference_serves_other_losses_too(corpus, tmp_path, loss):
   changes = {"sample.prompts": 0, "train.export": False} | loss

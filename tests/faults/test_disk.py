@@ -29,6 +29,7 @@ def test_a_full_disk_is_said_at_once_and_leaves_the_steps_before(
   assert checksums(workdir) == checksums(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount"
 )
@@ -143,6 +144,7 @@ def test_a_damaged_checkpoint_stops_a_run_that_asked_for_it(
   assert saved(workdir) == [5, 10]
 
 
+@pytest.mark.slow
 def test_a_stalled_reader_is_waited_for_and_its_stack_is_written(
   corpus, xla, straight, tmp_path
 ):
@@ -155,6 +157,7 @@ def test_a_stalled_reader_is_waited_for_and_its_stack_is_written(
   assert checksums(workdir) == checksums(straight)
 
 
+@pytest.mark.slow
 def test_saves_slower_than_their_interval_do_not_overlap(
   corpus, xla, straight, tmp_path
 ):
@@ -167,6 +170,7 @@ def test_saves_slower_than_their_interval_do_not_overlap(
   assert checksums(workdir) == checksums(straight)
 
 
+@pytest.mark.slow
 def test_settings_may_change_where_they_are_allowed_by_name(
   corpus, xla, straight, tmp_path
 ):

@@ -1,8 +1,11 @@
 """Runs whose output nobody reads, as in `train.py 2>&1 | head -1`."""
 
+import pytest
+
 from faults.launch import checksums, launch, saved
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_stops_continues_refuses_and_ends_as_any(
   corpus, xla, straight, tmp_path
 ):
