@@ -3,7 +3,7 @@
 Before the step is taken, in that process: "raise" raises, "stall" sleeps for
 five seconds and "hang" for ten minutes, "term" and "int" send it the signal.
 From that step on: "slow" takes half a second longer for each, "full" lets no
-file grow beyond 16 kB, as on a disk that is full. "eval" sends SIGTERM when the
+file grow beyond 32 kB, as on a disk that is full. "eval" sends SIGTERM when the
 evaluation of that step begins, "save" when its checkpoint is being written,
 "compile" when the program of the first step is being made.
 
@@ -44,7 +44,7 @@ def guilty_function():
   if KIND == "int":
     os.kill(os.getpid(), signal.SIGINT)
   if KIND == "full":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 
 
 def batches(run, start, real=train_module._batches):

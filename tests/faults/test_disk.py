@@ -15,7 +15,7 @@ from faults.launch import ROOT, TINY, checksums, launch, rows, saved
 def test_a_full_disk_is_said_at_once_and_leaves_the_steps_before(
   corpus, xla, straight, tmp_path
 ):
-  """Saves at every step; from the fourth on no file may pass 16 kB, which
+  """Saves at every step; from the fourth on no file may pass 32 kB, which
   is less than the state has in any file that it happens to be cut into."""
   workdir = tmp_path / "run"
   often = "--config.train.checkpoint_every=1"
