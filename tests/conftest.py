@@ -18,7 +18,7 @@ import pytest
 _QUICKLY = "--xla_cpu_parallel_codegen_split_count=4"
 if jax.__version_info__ < (0, 11):  # later ones end at a flag they do not know
   _QUICKLY += " --xla_cpu_use_fusion_emitters=false"
-_AS_IT_STANDS = (
+_UNOPTIMISED = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
   flags = [os.environ.get("XLA_FLAGS", ""), _QUICKLY]
   if config.option.markexpr != "parity":  # torch is met at the full level
-    flags.append(_AS_IT_STANDS)
+    flags.append(_UNOPTIMISED)
   os.environ["XLA_FLAGS"] = " ".join(flags)
   # jax makes float32 of a float64 that was asked for, and only warns.
   config.addinivalue_line(

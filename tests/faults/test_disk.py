@@ -15,8 +15,9 @@ from faults.launch import ROOT, TINY, checksums, launch, rows, saved
 def test_a_full_disk_is_said_at_once_and_leaves_the_steps_before(
   corpus, xla, straight, tmp_path
 ):
-  """Saves at every step; from the fourth on no file may pass 32 kB, which
-  is less than the state has in any file that it happens to be cut into."""
+  """Saves at every step; from the fourth on no file may pass 32 kB:
+  the log stays below, and of the files that the state is cut into, by chance,
+  one is larger."""
   workdir = tmp_path / "run"
   often = "--config.train.checkpoint_every=1"
   run = launch(corpus, workdir, often, cache=xla, fault="full 0 4")
