@@ -16,7 +16,7 @@ import optax
 import pytest
 from devices import run_on_eight
 
-from dpo_jax import losses, score, sharding
+from dpo_jax import losses, optim, score, sharding
 from dpo_jax.batch import Scores
 from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.losses import registry
@@ -26,6 +26,7 @@ from dpo_jax.train_step import (
   evaluate_step,
   loss_inputs,
   train_step,
+  update,
 )
 
 VOCABULARY = 32
@@ -495,6 +496,23 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
   assert np.isfinite(sums["loss"].total)
   assert after.skipped == 1
   assert_same(after.params, state.params, 0)
+
+
+def test_an_update_needs_no_copy_of_what_it_is_written_over():
+  params = {name: jnp.ones((512, 256)) for name in "abcd"}
+  tx = optim.make(optax.constant_schedule(1e-3), weight_decay=0.1)
+  state = TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+
+  def step(state, grads):
+    return update(state, grads, jnp.float32(1), None, tx)[0]
+
+  compiled = jax.jit(step, donate_argnums=0).lower(state, params).compile()
+  held = compiled.memory_analysis()
+  one = params["a"].nbytes
+  assert held.alias_size_in_bytes >= 12 * one  # weights and both moments
+  # Whether all is finite is known after all gradients are, and it may be that
+  # nothing is written; still no more is there than the update of every weight.
+  assert held.temp_size_in_bytes <= 4.1 * one
 
 
 def test_a_batch_of_padding_is_no_error():
