@@ -135,11 +135,9 @@ def recomputed(config: Config, built: Built, remat: str) -> Built:
 
 
 def _remat(c: Any) -> str:
-  """What is asked for, or the least; `memory.fit` may find that it takes more.
-  Layers that are packed would all be kept unpacked."""
-  if c.remat != "auto":
-    return c.remat
-  return "block" if c.quantize else "none"
+  """What is asked for, or the least that is worth it; `memory.fit` may find
+  that it takes more."""
+  return "minimal" if c.remat == "auto" else c.remat
 
 
 def _score(config, model, mesh) -> Score | RewardScore:

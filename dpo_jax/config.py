@@ -29,8 +29,9 @@ class Model:
   experts_per_token: int = 0
   dtype: str = "float32"  # of activations: float32 or bfloat16
   param_dtype: str = "float32"  # of weights and optimizer; adapters: float32
-  remat: str = "auto"  # what the backward recomputes: none, block (layers),
-  # offload (and their inputs wait in host memory), or the first of them to fit
+  remat: str = "auto"  # what the backward recomputes: none, minimal (all but
+  # products and attention), block (layers), offload (and their inputs wait in
+  # host memory); auto: the first of them to fit, from minimal on
   attention: str = "auto"  # blockwise, dense, triton (GPU) or mosaic (TPU)
   quantize: str = ""  # the base below adapters: "int8", "int4" or "nf4"
   head_tile: int = 1024  # rows of logits alive at once

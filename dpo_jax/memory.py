@@ -56,7 +56,7 @@ def fit(run: Run, limit: int | None = None) -> None:
   limit = processes.lead(lambda: limit or _limit(run))
   if limit is None:
     return
-  choices = ["block"] if run.config.model.quantize else ["none", "block"]
+  choices = ["minimal", "block"]
   kinds = run.built.mesh.local_devices[0].addressable_memories()
   if offload.KIND in [memory.kind for memory in kinds]:
     choices.append("offload")
@@ -107,14 +107,21 @@ def _kept(run, score) -> int:
 
   program = jax.make_jaxpr(forward)(state.params, frozen, batch).jaxpr
   # Weights that are used as they are, and copies of them, are not of the batch.
-  weights = {x.shape for x in jax.tree.leaves((state.params, frozen))}
+  trained, fixed = (
+    {x.shape for x in jax.tree.leaves(tree)} for tree in (state.params, frozen)
+  )
+  weights = trained | fixed
   parts = sharding.batch_shards(run.built.mesh) * run.config.train.microbatches
   total = 0
   made = {x for x in program.outvars if isinstance(x, Var)}  # no numbers
   for x in made - set(program.invars):
-    if x.aval.memory_space != jax.memory.Space.Host:
-      size = math.prod(x.aval.shape) * x.aval.dtype.itemsize
-      total += size if x.aval.shape in weights else size // parts
+    # Of what is not trained, a stack is the weights themselves, or a sink that
+    # nothing reads; a sink, too, is a whole stack for each layer.
+    shape = x.aval.shape
+    nothing = shape[1:] in weights or shape in fixed - trained
+    if x.aval.memory_space != jax.memory.Space.Host and not nothing:
+      size = math.prod(shape) * x.aval.dtype.itemsize
+      total += size if shape in weights else size // parts
   return total
 
 

@@ -381,8 +381,8 @@ def _check_packed(config: Config, built: Built) -> None:
     )
   if m.quantize and m.remat == "none":
     raise ConfigError(
-      "config.model.quantize needs config.model.remat=block or offload; all"
-      " layers would be kept unpacked for the backward otherwise"
+      "config.model.remat=none would keep all layers unpacked for the backward;"
+      " with config.model.quantize it should be minimal, block or offload"
     )
 
 

@@ -191,7 +191,7 @@ def test_a_run_on_a_packed_base_learns_and_leaves_adapters(
   ("changes", "words"),
   [
     ({"model.quantize": "nf4", "model.remat": "block"}, "set config.lora.rank"),
-    (PACKED | {"model.remat": "none"}, "model.remat=block or offload"),
+    (PACKED | {"model.remat": "none"}, "should be minimal, block or offload"),
     (PACKED | {"model.quantize": "fp3"}, "int8, int4, nf4"),
   ],
   ids=str,

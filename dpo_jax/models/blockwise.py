@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models.kept import kept
+
 MASKED = -1e30  # finite: a row of it stays finite under softmax
 
 
@@ -123,6 +125,7 @@ def _forward(q, k, v, ranges, scale, cap):
     return None, (out, top + jnp.log(total))
 
   _, (out, lse) = jax.lax.scan(one_block, None, (q, seen, bounds))
+  out, lse = kept((out, lse))
   return out, (q, k, v, ranges, out, lse)
 
 

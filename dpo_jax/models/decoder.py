@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.blockwise import Window
+from dpo_jax.models.kept import only_products
 from dpo_jax.models.layers import (
   GatedMLP,
   RMSNorm,
@@ -301,6 +302,8 @@ def _remat(compute: Compute, stack: Any, slices: bool) -> Any:
       names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT],
       offload_src="device", offload_dst=KIND,
     )  # fmt: skip
+  elif compute.remat == "minimal":
+    policy = only_products
   elif compute.remat == "none":
     if not (compute.pin_again or slices):
       return lambda function: function

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dpo_jax.models.blockwise import MASKED, Window
+from dpo_jax.models.kept import kept
 from dpo_jax.models.key_blocks import bounds, padded
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16)))
@@ -105,6 +106,7 @@ def _forward(q, k, v, ranges, scale, cap, tile):
     ),
     [(1, tile.queries), (1, tile.queries), (h, tile.queries)],
   )  # fmt: skip
+  out, lse = kept((out, lse))
   return out, (q, k, v, ranges, out, lse)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dpo_jax.models.blockwise import MASKED, Window
+from dpo_jax.models.kept import kept
 from dpo_jax.models.key_blocks import bounds, padded
 
 try:  # deprecated by jax 0.12, which says that a later one will not have it
@@ -130,6 +131,7 @@ def _forward(q, k, v, ranges, scale, cap, tiles):
       jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     ),
   )  # fmt: skip
+  out, lse = kept((out, lse))
   return out, (q, k, v, ranges, out, lse)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import KERNELS, attention, choose
 from dpo_jax.models.blockwise import Window
+from dpo_jax.models.kept import kept
 from dpo_jax.models.rope import apply_rope
 
 Dtype = Any
@@ -93,7 +94,7 @@ class Projection(nn.Module):
       y += bias.astype(x.dtype)
     if self.has_variable("lora", "a"):
       y += self._adapter(x)
-    return y
+    return kept(y)
 
   def _adapter(self, x):
     a, b, scale, rate = (

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models import grouped
+from dpo_jax.models.kept import kept
 from dpo_jax.models.layers import ACTIVATIONS, Dtype
 
 ROUTER = "router"  # the collection that holds what `balance` needs
@@ -54,7 +55,8 @@ class RoutedMLP(nn.Module):
       "btd,de->bte", x, router.astype(x.dtype),
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    probs = jax.nn.softmax(logits, axis=-1)
+    # Kept, as how tokens are routed is not to depend on its being made again.
+    probs = kept(jax.nn.softmax(logits, axis=-1))
     run = functools.partial(
       run_experts, k=self.experts_per_token, norm_topk=self.norm_topk,
       activation=ACTIVATIONS[self.activation],
@@ -115,8 +117,10 @@ def run_experts(
   weights, chosen = jax.lax.top_k(probs, k)
   if norm_topk:
     weights /= weights.sum(axis=-1, keepdims=True)
-  blocks = grouped.lay_out(chosen.reshape(-1, k), probs.shape[-1])
-  to = lambda x, name: grouped.product(x, kernels[name]["kernel"], blocks.group)
+  blocks = kept(grouped.lay_out(chosen.reshape(-1, k), probs.shape[-1]))
+  to = lambda x, name: kept(
+    grouped.product(x, kernels[name]["kernel"], blocks.group)
+  )
   rows = grouped.to_blocks(x.reshape(-1, x.shape[-1]), blocks)
   rows = to(activation(to(rows, "gate")) * to(rows, "up"), "down")
   y = jnp.einsum(

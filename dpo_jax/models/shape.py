@@ -11,7 +11,7 @@ from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.layers import ACTIVATIONS
 from dpo_jax.models.rope import RopeScaling
 
-REMAT = ("none", "block", "offload")
+REMAT = ("none", "minimal", "block", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +87,10 @@ class Compute:
 
   dtype: Any = jnp.float32  # of activations
   param_dtype: Any = jnp.float32  # of the weights that are trained
-  # For the backward keep all, each block's input only ("block"), or that in the
-  # host's memory ("offload").
-  remat: str = "none"
+  # For the backward keep all it reads ("none"), of that what products and
+  # attention made ("minimal"), each layer's input only ("block"), or that in
+  # the host's memory ("offload").
+  remat: str = "minimal"
   attention: str = "auto"  # see `attention.attention`
   # Pins a layer's activations f[B T D] and its weights (a dict of arrays
   # without the layer axis, and the dtype they are used in) to the mesh; see

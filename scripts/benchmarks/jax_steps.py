@@ -31,7 +31,7 @@ def ours(
   pause: Pause,
   attention: str = "auto",
   precomputed: bool = False,
-  remat: str = "none",
+  remat: str = "minimal",
   **options: Any,
 ) -> None:
   """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs; `options`

@@ -21,6 +21,7 @@ from benchmarks.problem import Problem
 VARIANTS = {
   "ours": ("jax_steps", "ours", {}),
   "ours_precomputed": ("jax_steps", "ours", {"precomputed": True}),
+  "no_remat": ("jax_steps", "ours", {"remat": "none"}),
   "ours_remat": ("jax_steps", "ours", {"remat": "block"}),
   "no_skip": ("jax_steps", "ours", {"skip_prompts": False}),
   "no_sweep": ("jax_steps", "ours", {"place_sweep": None}),
