@@ -155,8 +155,10 @@ def _collective(line, shape, op, times, known):
   kind = op.removesuffix("-start")
   arrays = _ARRAY.findall(shape)
   if op.endswith("-start") and kind != "all-reduce":
-    # (operands, results, ...): what it works on and what comes out.
-    arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+    # (operands, results): what it works on and what comes out; of a permute
+    # (operand, result, ...).
+    half = len(arrays) // 2
+    arrays = arrays[1:2] if kind == "collective-permute" else arrays[half:]
   devices = _group_size(line) if kind != "collective-permute" else 2
   size = sum(map(_bytes, arrays))
   if kind == "reduce-scatter":  # what comes out is a share

@@ -5,10 +5,11 @@
     --config.mesh.data=1 --config.mesh.fsdp=64
 
 MODEL needs its config.json and tokenizer, and no weights. The step is compiled
-for as many CPUs as the mesh has devices, or, with `pip install "jax[tpu]"`, for
-TPUs that need not be there:
+for as many CPUs as the mesh has devices, or, with `pip install "jax[tpu]"` or
+`"jax[cuda13]"`, for TPUs or GPUs that need not be there:
 
   ... --config.mesh.fsdp=8 --topology=v5e:2x4
+  ... --config.mesh.fsdp=8 --topology=h100:8
 """
 
 from absl import flags
@@ -16,7 +17,9 @@ from absl import flags
 from dpo_jax import main
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "", "TPUs to compile for: kind and shape, e.g. v5e:2x4"
+  "topology",
+  "",
+  "TPUs or GPUs to compile for: kind and shape, e.g. v5e:2x4 or h100:8",
 )
 
 

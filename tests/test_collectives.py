@@ -173,6 +173,26 @@ def test_bytes_of_every_kind_are_read_and_loops_multiply(notation):
   assert collectives.total(found, *collectives.SUMS) == (4, 140, 186)
 
 
+def test_what_the_compiler_for_gpus_writes_is_read():
+  """As jaxlib 0.10.2 has it for an H100: several at once, apart from their
+  ends."""
+  start = "reduce-scatter-start(%x, %y), GROUPS, to_apply=%add"
+  text = f"""HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: bf16[8,16], y: bf16[8,32]) -> bf16[1,16] {{
+  %s = ((bf16[8,16], bf16[8,32]), (bf16[1,16], bf16[1,32])) {start}
+  %d = (bf16[1,16], bf16[1,32]) reduce-scatter-done(%s)
+  %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%z)
+  ROOT %g = bf16[1,16] get-tuple-element(%d), index=0
+}}
+"""
+  found = collectives.read(text.replace("GROUPS", GROUPS["listed"]))
+  assert [(c.kind, c.arrays, c.bytes) for c in found] == [
+    ("reduce-scatter", ("bf16[1,16]", "bf16[1,32]"), 4 * (32 + 64)),
+    ("collective-permute", ("f32[4]",), 16),
+  ]
+
+
 TPU = """HloModule jit_step, is_scheduled=true
 
 %all-reduce-scatter.1 (x: bf16[8,16]) -> bf16[1,16] {

@@ -93,7 +93,7 @@ def test_what_is_kept_for_the_backward_is_reckoned_by_shapes(on_eight):
   kept = {kind: reckoned for kind, (_, _, reckoned) in on_eight.items()}
   for kind in ("none", "all", "block", "lora"):
     assert kept[kind] == pytest.approx(held[kind], rel=0.2)
-  assert kept["all"] < 0.7 * kept["none"]
+  assert kept["all"] < 0.8 * kept["none"]
   assert kept["block"] < 0.7 * kept["all"]
   assert kept["parts"] < 0.7 * kept["block"]
 
@@ -165,13 +165,38 @@ def test_a_mesh_without_numbers_is_refused(tmp_path):
 
 
 NO_TPU_COMPILER = importlib.util.find_spec("libtpu") is None
+NO_GPU_COMPILER = not any(
+  importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)
+)
 
 
-@pytest.mark.skipif(not NO_TPU_COMPILER, reason="libtpu is installed")
-def test_without_their_compiler_tpus_are_refused(tmp_path):
-  code, _, err = plan(tmp_path, "--config.mesh.data=1", "--topology=v5e:4x4")
+@pytest.mark.parametrize(
+  ("topology", "package"),
+  [
+    pytest.param(
+      topology, package, marks=pytest.mark.skipif(there, reason="is installed")
+    )
+    for topology, package, there in (
+      ("v5e:4x4", "jax[tpu]", not NO_TPU_COMPILER),
+      ("h100:2x8", "jax[cuda13]", not NO_GPU_COMPILER),
+    )
+  ],
+)
+def test_without_their_compiler_devices_are_refused(
+  tmp_path, topology, package
+):
+  args = "--config.mesh.data=1", f"--topology={topology}"
+  code, _, err = plan(tmp_path, *args)
   assert (code, err.count("\n")) == (2, 1)
-  assert "--topology=v5e:4x4" in err and "jax[tpu]" in err
+  assert f"--topology={topology}" in err and package in err
+
+
+@pytest.mark.parametrize("topology", ["h100:many", "h100:2x2x2", "a100:"])
+def test_gpus_are_to_be_counted(tmp_path, topology):
+  args = "--config.mesh.data=1", f"--topology={topology}"
+  code, _, err = plan(tmp_path, *args)
+  assert (code, err.count("\n")) == (2, 1)
+  assert f"--topology={topology}" in err and "a number of GPUs" in err
 
 
 @pytest.mark.skipif(NO_TPU_COMPILER, reason="libtpu is not installed")
@@ -185,6 +210,17 @@ def test_tpus_that_are_not_there_are_planned_for(tmp_path):
   assert code == 2 and "--topology=v9:9" in err
   code, _, err = plan(tmp_path, "--config.mesh.data=2", "--topology=v5e:4x4")
   assert code == 2 and "16 devices" in err
+
+
+@pytest.mark.skipif(NO_GPU_COMPILER, reason="no compiler for GPUs installed")
+@pytest.mark.parametrize("topology", ["a100:16", "h100:2x8", "h200:16"])
+def test_gpus_that_are_not_there_are_planned_for(tmp_path, topology):
+  args = "--config.mesh.data=1", f"--topology={topology}"
+  code, out, err = plan(tmp_path, *args)
+  assert code == 0, err
+  assert "'fsdp': 16" in out and "XLA plans for CPUs" not in out
+  assert re.search(r"^  all-gather +\d+ times", out, re.M)
+  assert re.search(r"^  reduce-scatter +\d+ times", out, re.M)
 
 
 if __name__ == "__main__":
