@@ -15,7 +15,7 @@ from dpo_jax.batch import Scores
 from dpo_jax.build import recomputed
 from dpo_jax.data.pack import empty_batch
 from dpo_jax.run import Run
-from dpo_jax.weights import same_path
+from dpo_jax.weights import other_reference
 
 _LOG = logging.getLogger("dpo_jax")
 # Of a device's memory, what a plan may fill: the reckoning leaves out what one
@@ -210,9 +210,10 @@ def step_inputs(run: Run) -> tuple[Any, ...]:
     tails = scores if run.loss.reads_tails else None
     batch = batch._replace(reference=Scores(scores, tails))
   _, frozen = run.trainable.split(run.built.abstract)
+  reference = run.abstract_reference()
   return (
     run.abstract_state,
-    run.abstract_reference() if run.scores_reference() else None,
+    run.unshared(reference) if run.scores_reference() else None,
     sharding.batch_shapes(batch, run.built.mesh),
     frozen,
   )
@@ -220,8 +221,7 @@ def step_inputs(run: Run) -> tuple[Any, ...]:
 
 def _shared(run, frozen, reference) -> int:
   """Bytes a device of what both trees hold, and a run in the same buffers."""
-  path, base = run.config.reference.path, run.config.model.path
-  if reference is None or (path and not same_path(path, base)):
+  if reference is None or other_reference(run.config):
     return 0
   both, mine = (traverse.flatten_dict(x, sep="/") for x in (reference, frozen))
   return sum(device_bytes(mine[path]) for path in both.keys() & mine.keys())

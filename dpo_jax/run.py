@@ -31,7 +31,7 @@ from dpo_jax.loss_checks import check_loss
 from dpo_jax.models import hf
 from dpo_jax.train_step import TrainState, train_step
 from dpo_jax.trainable import Trainable, join
-from dpo_jax.weights import load_policy, load_variables, same_path
+from dpo_jax.weights import load_policy, load_variables, other_reference
 
 _LOG = logging.getLogger("dpo_jax")
 
@@ -151,15 +151,23 @@ class Run:
     if not self.loss.needs_reference:
       return None
     c = self.config
-    other = c.reference.path
-    if other and not same_path(other, c.model.path):
-      return load_variables(c, self.built, other, on_host=c.offload.reference)
-    if self.built.lora and (other or not c.lora.path):
+    if other_reference(c):
+      return load_variables(
+        c, self.built, c.reference.path, on_host=c.offload.reference
+      )
+    if self.built.lora and (c.reference.path or not c.lora.path):
       return {"params": frozen["params"]}
     if not c.offload.reference:
       return join(frozen, jax.tree.map(jnp.copy, start))
     places = jax.tree.map(lambda x: x.sharding, offload.on_host(start))
     return join(frozen, jax.device_put(start, places, may_alias=False))
+
+  def unshared(self, reference: Any) -> Any:
+    """What of a reference's variables the step does not have as the policy's
+    frozen ones."""
+    if reference is None or other_reference(self.config):
+      return reference
+    return self.trainable.split(reference)[0]
 
   def abstract_reference(self) -> Any | None:
     """What `load_reference` gives, as shapes."""
@@ -172,7 +180,7 @@ class Run:
       reference = {"params": self.built.abstract["params"]}
     if not c.offload.reference:
       return reference
-    if c.reference.path and not same_path(c.reference.path, c.model.path):
+    if other_reference(c):
       return offload.on_host(reference)
     copied, shared = self.trainable.split(reference)
     return join(shared, offload.on_host(copied))
@@ -394,8 +402,11 @@ def _check_offload(config: Config, built: Built) -> None:
   for name, asked in vars(o).items():
     if asked:
       offload.check(f"config.offload.{name}", built.mesh.local_devices)
-  other = c.reference.path and not same_path(c.reference.path, c.model.path)
-  own = other or not built.lora or (c.lora.path and not c.reference.path)
+  own = (
+    other_reference(c)
+    or not built.lora
+    or (c.lora.path and not c.reference.path)
+  )
   if o.reference and not own:
     raise ConfigError(
       "config.offload.reference: this reference is the policy's frozen weights,"

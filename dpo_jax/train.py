@@ -140,7 +140,9 @@ class _Training:
     """Runs the steps from `start`. Step n is launched before the metrics of
     step n - 1 are read, so the device never waits for the host."""
     run, log, t = self.run, self.log, self.run.config.train
-    online = None if run.train_plan.reference is not None else reference
+    online = run.unshared(reference)
+    if run.train_plan.reference is not None:  # its scores are known
+      online = None
     variables = frozen, reference
     begins = start == 0 or _due(start, t.eval_every)
     if begins and self._evaluate(start, state, *variables):

@@ -56,8 +56,10 @@ def train_step(
 
   Args:
     state: donated by the caller's jit.
-    reference: variables of the reference; None if the loss needs none, the
-      batch carries its scores, or it is part of the state.
+    reference: variables of the reference, but for those it shares with
+      `frozen`: a compiler counts an array for each time it is handed in. None
+      if the loss needs none, the batch carries its scores, or it is part of the
+      state.
     batch: arrays as in `batch.Batch`.
     frozen: variables of the policy that are not trained.
     score: see `score.Score`.
@@ -90,7 +92,7 @@ def train_step(
     )
 
   reference_scores = functools.partial(
-    _reference_scores, score, loss, reference
+    _reference_scores, score, loss, reference, frozen or {}
   )
   counts = _counts(loss, batch)
 
@@ -204,10 +206,10 @@ def _policy_scores(score, loss, variables, batch, **options):
   return score(variables, batch, **_read_by(loss), **options)
 
 
-def _reference_scores(score, loss, reference, batch):
+def _reference_scores(score, loss, reference, frozen, batch):
   if batch.reference is not None or not loss.needs_reference:
     return batch.reference
-  return score(reference, batch, tails=loss.reads_tails)
+  return score(join(frozen, reference), batch, tails=loss.reads_tails)
 
 
 def _counts(loss: losses.Loss, batch: Batch) -> jax.Array:

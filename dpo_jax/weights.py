@@ -94,6 +94,12 @@ def _with_new_head(config, path, names, abstract) -> Any:
   return variables
 
 
+def other_reference(config: Config) -> bool:
+  """Whether the reference is another model than the policy begins as."""
+  named = config.reference.path
+  return bool(named) and not same_path(named, config.model.path)
+
+
 def same_path(one: str, other: str) -> bool:
   """Whether two names are of one folder; "" is of none."""
   if not one or not other:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import flax.traverse_util as traverse
 import jax
 import pytest
 from devices import ROOT, run_on_eight
@@ -53,8 +54,6 @@ def on_eight(tmp_path_factory):
 def test_shapes_tell_what_the_compiler_counts(on_eight, kind):
   held, given, _ = on_eight[kind]
   by_shapes = held.total - held.temporary
-  if kind == "lora":  # the base is handed in twice, and there once
-    by_shapes += held.frozen
   if kind == "precomputed":  # it waits outside
     by_shapes -= held.reference
   assert given == pytest.approx(by_shapes, rel=2e-3, abs=2**12)
@@ -112,6 +111,24 @@ def test_the_first_that_fits_is_computed_again(tmp_path):
     assert run.built.model.compute.remat == remat
   memory.fit(run, limit=1)  # nothing does, and the least is tried
   assert run.built.model.compute.remat == "offload"
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"lora.rank": 4}, {"optim.freeze": "embed"}],
+  ids=["all is trained", "adapters", "a part is frozen"],
+)
+def test_what_policy_and_reference_share_is_handed_over_once(tmp_path, changes):
+  run = make_run(tmp_path, (1, 1, 1), MODEL, **changes)
+  _, own, _, frozen = memory.step_inputs(run)
+  own, frozen, both = (
+    traverse.flatten_dict(x, sep="/")
+    for x in (own, frozen, run.abstract_reference())
+  )
+  assert not own.keys() & frozen.keys()
+  assert own.keys() | frozen.keys() >= both.keys()
+  if "lora.rank" in changes:
+    assert not own
 
 
 def test_what_was_asked_for_is_computed_again_whatever_fits(tmp_path):

@@ -187,6 +187,10 @@ class OnlineRun(Run):
       self._updates = OfTokens(*shared, self._packer, *common, score)
     return self._one_step
 
+  def unshared(self, reference: Any) -> Any:
+    """All of it: the steps score by programs of their own."""
+    return reference
+
   def _one_step(
     self, state: TrainState, reference: Any, batch: Any, frozen: Any
   ) -> tuple[TrainState, Sums]:

@@ -20,7 +20,7 @@ from dpo_jax.models import hf, llama
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.score import Score
 from dpo_jax.train_step import TrainState, train_step
-from dpo_jax.trainable import Trainable
+from dpo_jax.trainable import Trainable, join
 
 Pause = Callable[[dict[str, Any]], None]
 
@@ -51,21 +51,26 @@ def ours(
   ]
   state, reference, frozen = _start(problem, path, tx)
   if precomputed:
-    scored = jax.jit(score)
-    batches = [b._replace(reference=scored(reference, b)) for b in batches]
+    scored, known = jax.jit(score), join(frozen or {}, reference)
+    batches = [b._replace(reference=scored(known, b)) for b in batches]
     reference = None
   _run(pause, step, state, reference, batches, frozen)
 
 
 def concat(
-  problem: Problem, path: str, pause: Pause, attention: str = "dense"
+  problem: Problem,
+  path: str,
+  pause: Pause,
+  attention: str = "dense",
+  remat: str = "none",
 ) -> None:
   """The same model and weights the common way: chosen and rejected stacked on
   the batch axis and padded, plain causal attention, float32 logits of every
-  position; the reference's forward in the same program."""
+  position, all kept that derivatives read; the reference's forward in the same
+  program."""
   if problem.lora:
     raise ValueError("concat has no adapters")
-  model = problem.model(attention=attention)
+  model = problem.model(attention=attention, remat=remat)
   tx = _optimizer(problem)
 
   def logps(variables, batch):
@@ -167,4 +172,4 @@ def _start(problem: Problem, path: str, tx):
   )(jax.random.key(problem.seed + 1))
   trained, frozen = Trainable(variables).split(variables)
   state = TrainState(zero, trained, tx.init(trained), zero + 0)
-  return state, {"params": frozen["params"]}, frozen
+  return state, {}, frozen  # the reference is what is frozen

@@ -33,6 +33,7 @@ VARIANTS = {
   "no_blocks": ("jax_steps", "ours", {"attention": "dense"}),
   "concat": ("jax_steps", "concat", {}),
   "concat_blockwise": ("jax_steps", "concat", {"attention": "blockwise"}),
+  "concat_minimal": ("jax_steps", "concat", {"remat": "minimal"}),
   "trl": ("trl_step", "trl", {}),
   "trl_remat": ("trl_step", "trl", {"checkpointing": True}),
   "tunix": ("tunix_step", "tunix", {}),

@@ -73,7 +73,7 @@ def test_a_process_that_raises_ends_all_and_says_why(
     corpus, tmp_path / "run", STEPS_OF_TWO, processes=2, cache=xla, heartbeat=5,
     fault=f"raise {guilty} 4",
   )  # fmt: skip
-  ends = run.wait(60)
+  ends = run.wait()
   assert ends[guilty] == 1 and ends[1 - guilty] not in (0, 75)
   assert "RuntimeError: this one is guilty" in run.log(guilty)
   assert "in guilty_function" in run.log(guilty)
