@@ -41,12 +41,18 @@ def pretend(config: Config) -> list[Any]:
   return jax.devices()
 
 
-def describe(config: Config, devices: Sequence[Any] | None = None) -> str:
+def describe(
+  config: Config,
+  devices: Sequence[Any] | None = None,
+  limit: int | None = None,
+) -> str:
   """Compiles the step of a run for devices that need not be there.
 
   Args:
     config: of the run.
     devices: those of `pretend` or `topology.devices`; all of jax if None.
+    limit: bytes of a device that `model.remat=auto` is to fit into; None:
+      what devices that are there say.
 
   Returns:
     The mesh, the largest batch, what a device holds, and what a step moves
@@ -58,6 +64,8 @@ def describe(config: Config, devices: Sequence[Any] | None = None) -> str:
       " is not planned; plan its update as that of a run on pairs"
     )
   run = Run(config, build(config, devices))
+  if limit is not None:
+    memory.fit(run, limit)
   compiled = memory.compile_step(run)
   plan, mesh = run.train_plan, run.built.mesh
   rows, row = plan.shapes[-1]
@@ -65,6 +73,7 @@ def describe(config: Config, devices: Sequence[Any] | None = None) -> str:
     f"mesh        {dict(mesh.shape)}, {mesh.size} devices",
     f"batch       {plan.batch_size} examples in {rows} rows of"
     f" {row.tokens} tokens, {row.scored} of them scored",
+    f"remat       {run.built.model.compute.remat}",
     *memory.render(memory.held(run, compiled)),
     *_moved(compiled),
   ]

@@ -8,6 +8,8 @@ from jax.experimental import topologies
 
 from dpo_jax.errors import ConfigError
 
+_TAKEN = 0.75  # of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION
+
 
 class _Gpu(NamedTuple):
   """What the compiler asks about an NVIDIA GPU, as its data sheet has it."""
@@ -81,6 +83,17 @@ def devices(name: str) -> list[Any]:
   if kind in GPUS:
     return _gpus(name, GPUS[kind], shape)
   return _tpus(name)
+
+
+def limit(name: str) -> int | None:
+  """Bytes that jax takes of such a device, unless told otherwise; None where
+  that is not known here.
+
+  Args:
+    name: as of `devices`.
+  """
+  gpu = GPUS.get(name.partition(":")[0])
+  return gpu and int(_TAKEN * gpu.memory * 2**30)
 
 
 def _gpus(name, gpu, shape):

@@ -28,7 +28,8 @@ def _main(config):
 
   name = _TOPOLOGY.value
   devices = topology.devices(name) if name else plan_memory.pretend(config)
-  print(plan_memory.describe(config, devices))
+  limit = topology.limit(name)
+  print(plan_memory.describe(config, devices, limit))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from devices import ROOT, run_on_eight
 from meshes import make_run, write_model
 
-from dpo_jax import dry_run, memory
+from dpo_jax import dry_run, memory, topology
 from dpo_jax.data.corpus import write_corpus
 
 MESH = (2, 4, 1)
@@ -168,6 +168,7 @@ def test_devices_that_are_not_there_are_planned_for(tmp_path):
   code, out, err = plan(tmp_path, "--config.mesh.data=1")
   assert code == 0, err
   assert "'fsdp': 16" in out and "16 devices" in out
+  assert "remat       minimal" in out
   parts = re.findall(r"^  (\w+) +[\d.]+ MiB$", out, re.M)
   assert parts == ["trained", "reference", "optimizer", "batch", "temporary"]
   total = re.search(r"memory +([\d.]+) MiB a device", out)[1]
@@ -216,6 +217,11 @@ def test_gpus_are_to_be_counted(tmp_path, topology):
   assert f"--topology={topology}" in err and "a number of GPUs" in err
 
 
+def test_of_what_a_gpu_has_jax_takes_three_quarters():
+  assert topology.limit("h100:2x8") == pytest.approx(63.7e9, rel=1e-2)
+  assert topology.limit("v5e:2x4") is None and topology.limit("") is None
+
+
 @pytest.mark.skipif(NO_TPU_COMPILER, reason="libtpu is not installed")
 def test_tpus_that_are_not_there_are_planned_for(tmp_path):
   code, out, err = plan(tmp_path, "--config.mesh.data=1", "--topology=v5e:4x4")
@@ -235,6 +241,7 @@ def test_gpus_that_are_not_there_are_planned_for(tmp_path, topology):
   args = "--config.mesh.data=1", f"--topology={topology}"
   code, out, err = plan(tmp_path, *args)
   assert code == 0, err
+  assert "model.remat=auto: minimal, for about" in out + err
   assert "'fsdp': 16" in out and "XLA plans for CPUs" not in out
   assert re.search(r"^  all-gather +\d+ times", out, re.M)
   assert re.search(r"^  reduce-scatter +\d+ times", out, re.M)
