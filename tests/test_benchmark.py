@@ -6,11 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
-from benchmarks import device_set, lengths, render, trace, work
+from benchmarks import device_set, lengths, planned, render, trace, work
 from benchmarks.plan import plan
 from benchmarks.problem import Problem
 
@@ -164,3 +165,15 @@ def test_the_set_for_accelerators_runs_on_a_cpu(tmp_path):
 
 def _fields(run):
   return {k: v for k, v in run["problem"].items() if k != "name"}
+
+
+def test_what_a_step_holds_is_told_without_running_it(monkeypatch, capsys):
+  monkeypatch.setattr(planned.topology, "devices", lambda name: jax.devices())
+  monkeypatch.setattr(
+    sys, "argv",
+    ["planned.py", "--topology=any", "--models=tiny-lora", "--remat=minimal"],
+  )  # fmt: skip
+  planned.main()
+  *_, head, _, row = capsys.readouterr().out.splitlines()
+  assert head == "| model | lengths | tokens | given | minimal |"
+  assert row.startswith("| tiny-lora | fixed | 80 | 0.0 | ")

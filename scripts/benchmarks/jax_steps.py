@@ -36,25 +36,28 @@ def ours(
 ) -> None:
   """`dpo_jax.train_step` on the rows that `dpo_jax.data.plan` packs; `options`
   are those of `Score`."""
-  model = problem.model(attention=attention, remat=remat)
-  score = Score(model, tile=problem.head_tile, **options)
-  tx = _optimizer(problem)
-  step = functools.partial(
-    train_step,
-    score=score,
-    loss=losses.make("dpo", beta=problem.beta),
-    tx=tx,
-  )
+  score, step, tx = make_step(problem, attention, remat, **options)
   planned = plan(problem)
   batches = [
     jax.tree.map(jnp.asarray, planned[i].batch) for i in range(len(planned))
   ]
-  state, reference, frozen = _start(problem, path, tx)
+  state, reference, frozen = start(problem, path, tx)
   if precomputed:
     scored, known = jax.jit(score), join(frozen or {}, reference)
     batches = [b._replace(reference=scored(known, b)) for b in batches]
     reference = None
   _run(pause, step, state, reference, batches, frozen)
+
+
+def make_step(
+  problem: Problem, attention: str, remat: str, **options: Any
+) -> tuple[Score, Callable[..., Any], optax.GradientTransformation]:
+  """How responses are scored, the step, and its optimizer."""
+  model = problem.model(attention=attention, remat=remat)
+  score = Score(model, tile=problem.head_tile, **options)
+  tx = _optimizer(problem)
+  loss = losses.make("dpo", beta=problem.beta)
+  return score, functools.partial(train_step, score=score, loss=loss, tx=tx), tx
 
 
 def concat(
@@ -104,7 +107,7 @@ def concat(
     return state, {k: losses.Sums(x, jnp.float32(1)) for k, x in found.items()}
 
   batches = [jax.tree.map(jnp.asarray, batch) for batch in problem.padded()]
-  state, reference, _ = _start(problem, path, tx)
+  state, reference, _ = start(problem, path, tx)
   _run(pause, step, state, reference, batches, None)
 
 
@@ -146,7 +149,9 @@ def _optimizer(problem):
   return optim.make(optax.constant_schedule(problem.learning_rate))
 
 
-def _start(problem: Problem, path: str, tx):
+def start(
+  problem: Problem, path: str, tx: optax.GradientTransformation
+) -> tuple[TrainState, Any, Any]:
   """TrainState, reference and frozen variables; of the weights in the folder,
   or without one drawn as `Problem.save_weights` draws them."""
   model = problem.model()

@@ -68,6 +68,10 @@ class Problem:
     )
 
   @property
+  def head_size(self) -> int:
+    return self.width // self.heads
+
+  @property
   def tokens(self) -> float:
     """Real tokens of a batch on average, a prompt counted once for its pair."""
     return float(np.sum(self.lengths)) / self.batches
@@ -118,7 +122,7 @@ class Problem:
       layers=self.layers,
       heads=self.heads,
       kv_heads=self.kv_heads or self.heads,
-      head_dim=self.width // self.heads,
+      head_dim=self.head_size,
       max_length=self.longest,
       rope_theta=ROPE_THETA,
       tied=self.tied,
