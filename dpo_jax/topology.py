@@ -28,7 +28,7 @@ class _Gpu(NamedTuple):
   @property
   def description(self) -> str:
     """As text of XLA's message GpuTargetConfigProto."""
-    # Instructions of this one kind only, as Hopper's for tensor cores.
+    # What only GPUs of this number have, as Hopper's products.
     special = "ACCELERATED_FEATURES" if self.capability >= 9 else "NONE"
     return f"""gpu_device_info {{
       name: "{self.name}"
@@ -103,9 +103,8 @@ def _gpus(name, gpu, shape):
       f"--topology={name}: after the kind should come a number of GPUs, as in"
       " h100:8, or of hosts and of GPUs of each, as in h100:2x8"
     )
-  os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = (
-    "1"  # which looks for a driver
-  )
+  # The check looks for a driver.
+  os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   try:
     found = topologies.get_topology_desc(
       gpu.name, "cuda", topology=f"1x{hosts or 1}x{each}",
