@@ -19,7 +19,7 @@ from dpo_jax.data.store import Examples
 from dpo_jax.errors import ConfigError
 from dpo_jax.evaluate import score_examples
 from dpo_jax.sample import Sampled, make_sampler
-from dpo_jax.train_step import Variables
+from dpo_jax.update import Variables
 
 Reward = Callable[[str, str], float]
 

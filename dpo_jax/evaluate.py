@@ -13,7 +13,8 @@ from dpo_jax.batch import Scores
 from dpo_jax.calibration import calibration
 from dpo_jax.data.plan import Plan
 from dpo_jax.score import Score
-from dpo_jax.train_step import Variables, evaluate_step, loss_inputs
+from dpo_jax.train_step import evaluate_step, loss_inputs
+from dpo_jax.update import Variables
 
 
 class Evaluation(NamedTuple):

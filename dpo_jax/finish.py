@@ -15,7 +15,7 @@ from dpo_jax.files import cannot_write
 from dpo_jax.models import hf, lora, peft
 from dpo_jax.report import write_report
 from dpo_jax.run import Run
-from dpo_jax.train_step import TrainState, Variables
+from dpo_jax.update import TrainState, Variables
 from dpo_jax.workdir import Workdir
 from dpo_jax.writers import encode_float, read_metrics
 

@@ -51,8 +51,8 @@ def describe(
   Args:
     config: of the run.
     devices: those of `pretend` or `topology.devices`; all of jax if None.
-    limit: bytes of a device that `model.remat=auto` is to fit into; None:
-      what devices that are there say.
+    limit: bytes of a device that `model.remat=auto` is to fit into; None
+      leaves it at the least.
 
   Returns:
     The mesh, the largest batch, what a device holds, and what a step moves

@@ -29,8 +29,9 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.errors import ConfigError
 from dpo_jax.loss_checks import check_loss
 from dpo_jax.models import hf
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable, join
+from dpo_jax.update import TrainState
 from dpo_jax.weights import load_policy, load_variables, other_reference
 
 _LOG = logging.getLogger("dpo_jax")

@@ -22,7 +22,7 @@ from dpo_jax.errors import CheckpointError, ConfigError, UserError
 from dpo_jax.models import hf, hf_write
 from dpo_jax.run import Run
 from dpo_jax.train import train
-from dpo_jax.train_step import TrainState
+from dpo_jax.update import TrainState
 
 
 def train_briefly(workdir, corpus, **changes):

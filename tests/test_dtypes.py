@@ -13,8 +13,9 @@ from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.models import gemma2, llama, lora, mixtral
 from dpo_jax.models.lora import Lora
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable
+from dpo_jax.update import TrainState
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 SIZES = {

@@ -19,7 +19,8 @@ from dpo_jax.data.store import Examples
 from dpo_jax.models import attention, flash_mosaic, flash_triton, layers
 from dpo_jax.models.blockwise import Window
 from dpo_jax.models.key_blocks import bounds
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
+from dpo_jax.update import TrainState
 
 # Far from the sizes that devices get, so that short rows have many blocks; and
 # no two kernels cut alike.

@@ -34,7 +34,7 @@ FLOORS = (
     "flops",
     "watch",
   ),
-  ("score", "accumulate", "decode", "config_file", "workdir"),
+  ("score", "accumulate", "update", "decode", "config_file", "workdir"),
   ("sample", "sweep", "reward_score"),
   ("train_step",),
   ("evaluate", "build"),

@@ -18,8 +18,9 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.models import llama, lora, qwen3_moe
 from dpo_jax.run import Run
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable
+from dpo_jax.update import TrainState
 
 SHAPE = llama.Config(
   vocab_size=1024, width=128, ffn=384, layers=1, heads=4, kv_heads=2,

@@ -16,7 +16,8 @@ from dpo_jax import flops, losses
 from dpo_jax.data.plan import Plan
 from dpo_jax.models import llama
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
+from dpo_jax.update import TrainState
 
 BLOCK, KEY_BLOCK = 128, 64  # of blockwise attention
 PAIRS = 4

@@ -34,7 +34,8 @@ from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import load_examples
 from dpo_jax.errors import CheckpointError
 from dpo_jax.models import hf, llama, rope
-from dpo_jax.train_step import TrainState, evaluate_step, train_step
+from dpo_jax.train_step import evaluate_step, train_step
+from dpo_jax.update import TrainState
 from dpo_jax.weights import load_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -18,8 +18,9 @@ from dpo_jax.models import llama, lora, peft
 from dpo_jax.models.layers import Projection
 from dpo_jax.models.lora import Lora
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable, join
+from dpo_jax.update import TrainState
 
 CONFIG = llama.Config(
   vocab_size=24, width=8, ffn=12, layers=3, heads=4, kv_heads=2, head_dim=6

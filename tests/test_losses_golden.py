@@ -16,7 +16,8 @@ from dpo_jax import logps, losses, score
 from dpo_jax.data.plan import Plan
 from dpo_jax.data.store import Examples
 from dpo_jax.models import hf, llama
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
+from dpo_jax.update import TrainState
 
 FILE = SHARED / "golden" / "losses_trl.json"
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,8 @@ from dpo_jax.data.pack import (
   token_cost,
 )
 from dpo_jax.models import attention, decoder, layers, llama, rope
-from dpo_jax.train_step import TrainState, evaluate_step, train_step
+from dpo_jax.train_step import evaluate_step, train_step
+from dpo_jax.update import TrainState
 
 VOCABULARY = 31
 CONFIG = llama.Config(

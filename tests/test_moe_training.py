@@ -17,7 +17,8 @@ from dpo_jax.models import hf, mixtral, moe
 from dpo_jax.run import Run
 from dpo_jax.score import Score
 from dpo_jax.train import train
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
+from dpo_jax.update import TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -21,13 +21,8 @@ from dpo_jax.batch import Scores
 from dpo_jax.data.pack import Example, RowShape, empty_batch, fill_row
 from dpo_jax.losses import registry
 from dpo_jax.models import llama
-from dpo_jax.train_step import (
-  TrainState,
-  evaluate_step,
-  loss_inputs,
-  train_step,
-  update,
-)
+from dpo_jax.train_step import evaluate_step, loss_inputs, train_step
+from dpo_jax.update import TrainState, update
 
 VOCABULARY = 32
 CONFIG = llama.Config(
@@ -496,6 +491,28 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
   assert np.isfinite(sums["loss"].total)
   assert after.skipped == 1
   assert_same(after.params, state.params, 0)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_accelerators_select_what_a_cpu_branches_to(monkeypatch, bad):
+  state = make_state(TX, loss=losses.make("bco"))
+  grads = jax.tree.map(lambda x: 0.1 * x + bad, make_params(1))
+  carried = jax.tree.map(lambda x: x + 1, state.loss_state)
+
+  def run():
+    return jax.jit(
+      lambda state, grads: update(state, grads, jnp.float32(1), carried, TX)
+    )(state, grads)
+
+  by_branch, _ = run()
+  monkeypatch.setattr(
+    jax.lax, "platform_dependent", lambda *, cpu, default: default()
+  )
+  by_selection, _ = run()
+  jax.tree.map(np.testing.assert_array_equal, by_branch, by_selection)
+  assert int(by_branch.skipped) == (bad != 0)
+  kept = jax.tree.map(np.array_equal, by_branch.params, state.params)
+  assert all(jax.tree.leaves(kept)) == (bad != 0)
 
 
 def test_an_update_needs_no_copy_of_what_it_is_written_over():

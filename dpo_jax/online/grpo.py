@@ -12,7 +12,7 @@ from dpo_jax.config import Online
 from dpo_jax.online.rollout import Rollout
 from dpo_jax.online.updates import Given, mean_of
 from dpo_jax.score import Score
-from dpo_jax.train_step import Sums
+from dpo_jax.update import Sums
 
 
 def prepare(

@@ -9,7 +9,7 @@ from dpo_jax.online.methods import Scorer, told
 from dpo_jax.online.packing import Packer
 from dpo_jax.online.prompts import PromptPlan
 from dpo_jax.online.rollout import Roller
-from dpo_jax.train_step import Variables
+from dpo_jax.update import Variables
 
 # Behind the seed of a run: to answer while training, and to evaluate.
 TRAINING, EVALUATION = 0, 1

@@ -23,8 +23,9 @@ from dpo_jax.online.updates import (
   score_tokens,
   update_step,
 )
-from dpo_jax.train_step import Sums, TrainState, Variables, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import VALUE
+from dpo_jax.update import Sums, TrainState, Variables
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 

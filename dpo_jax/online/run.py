@@ -23,8 +23,8 @@ from dpo_jax.online.rewards import Rewards
 from dpo_jax.online.rollout import Roller, Rollout
 from dpo_jax.online_checks import answers, check_online
 from dpo_jax.run import Run, router_balance
-from dpo_jax.train_step import Sums, TrainState
 from dpo_jax.trainable import VALUE
+from dpo_jax.update import Sums, TrainState
 
 
 class OnlineRun(Run):

@@ -11,7 +11,7 @@ from dpo_jax import losses
 from dpo_jax.accumulate import accumulate
 from dpo_jax.batch import Batch
 from dpo_jax.score import Score
-from dpo_jax.train_step import Sums, TrainState, Variables, update
+from dpo_jax.update import Sums, TrainState, Variables, update
 
 Given = dict[str, jax.Array]  # f[B S] each, constants of an update
 # (params, frozen, batch, given, its counts) -> the loss, and sums

@@ -19,8 +19,9 @@ from dpo_jax import losses, optim
 from dpo_jax.models import hf, llama
 from dpo_jax.models import lora as lora_layers
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable, join
+from dpo_jax.update import TrainState
 
 Pause = Callable[[dict[str, Any]], None]
 

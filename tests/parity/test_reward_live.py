@@ -20,7 +20,8 @@ from dpo_jax.data.pack import (
 )
 from dpo_jax.models import hf
 from dpo_jax.reward_score import RewardScore
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
+from dpo_jax.update import TrainState
 
 from .live import WHY, hf_config, load, rng
 from .test_hf_live import BY_FAMILY, CHECKPOINTS

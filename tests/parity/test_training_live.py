@@ -21,8 +21,9 @@ from dpo_jax.data.pack import (
 from dpo_jax.models import hf
 from dpo_jax.models import peft as our_peft
 from dpo_jax.score import Score
-from dpo_jax.train_step import TrainState, train_step
+from dpo_jax.train_step import train_step
 from dpo_jax.trainable import Trainable, join
+from dpo_jax.update import TrainState
 
 from .live import (
   LLAMA3,
