@@ -92,7 +92,7 @@ def kept(run: Run) -> int:
   found = _kept(run, built.score)
   if built.model.compute.remat != "none":
     every = recomputed(run.config, built, "none").score
-    found += _kept(run, every) // built.model.config.layers
+    found += (_kept(run, every) - found) // built.model.config.layers
   return found
 
 
@@ -106,19 +106,19 @@ def _kept(run, score) -> int:
     return jax.vjp(f, params)
 
   program = jax.make_jaxpr(forward)(state.params, frozen, batch).jaxpr
-  # Weights that are used as they are, and copies of them, are not of the batch.
-  trained, fixed = (
-    {x.shape for x in jax.tree.leaves(tree)} for tree in (state.params, frozen)
-  )
-  weights = trained | fixed
+  # Not of the batch, and so not split with it, are copies of embeddings. What
+  # has the shape of all layers' weights is these themselves or their gradients,
+  # and of such a thing for each layer nothing is read.
+  weights, stacks = set(), set()
+  for tree in (state.params, frozen):
+    for path, x in traverse.flatten_dict(tree, sep="/").items():
+      (stacks if "/layers/" in path else weights).add(x.shape)
   parts = sharding.batch_shards(run.built.mesh) * run.config.train.microbatches
   total = 0
   made = {x for x in program.outvars if isinstance(x, Var)}  # no numbers
   for x in made - set(program.invars):
-    # Of what is not trained, a stack is the weights themselves, or a sink that
-    # nothing reads; a sink, too, is a whole stack for each layer.
     shape = x.aval.shape
-    nothing = shape[1:] in weights or shape in fixed - trained
+    nothing = {shape, shape[1:]} & stacks
     if x.aval.memory_space != jax.memory.Space.Host and not nothing:
       size = math.prod(shape) * x.aval.dtype.itemsize
       total += size if shape in weights else size // parts

@@ -88,10 +88,11 @@ def test_weights_are_split_over_fsdp_alone(on_eight, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_kept_for_the_backward_is_reckoned_by_shapes(on_eight):
-  held = {kind: of_kind.temporary for kind, (of_kind, *_) in on_eight.items()}
   kept = {kind: reckoned for kind, (_, _, reckoned) in on_eight.items()}
   for kind in ("none", "all", "block", "lora"):
-    assert kept[kind] == pytest.approx(held[kind], rel=0.2)
+    held = on_eight[kind][0]
+    gradients = held.trained
+    assert kept[kind] + gradients == pytest.approx(held.temporary, rel=0.2)
   assert kept["all"] < 0.8 * kept["none"]
   assert kept["block"] < 0.7 * kept["all"]
   assert kept["parts"] < 0.7 * kept["block"]
@@ -104,7 +105,7 @@ def test_the_first_that_fits_is_computed_again(tmp_path):
   for remat in choices:
     run.recompute(remat)
     needs.append(memory.needed(run))
-  assert needs[0] > 1.2 * needs[1] and needs[1] > needs[2]
+  assert needs[0] > 1.1 * needs[1] and needs[1] > needs[2]
   for remat, bytes_ in zip(choices, needs, strict=True):
     run.recompute("none")
     memory.fit(run, limit=int(bytes_ / 0.9) + 1)
